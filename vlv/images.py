@@ -1,0 +1,114 @@
+"""Images between bytes, uint8 pixels and the models' [-1, 1] range.
+
+The only place where a pixel range changes. Shapes: arrays are (H, W, 3) uint8, batches for models are
+(B, 3, H, W), uint8 in 0..255 or float in [-1, 1].
+"""
+
+import io
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image, ImageDraw, ImageOps, UnidentifiedImageError
+
+Pixels = NDArray[np.uint8]
+
+# A picture above this is refused before its pixels are decoded: a decompression bomb would take all memory.
+MAX_PIXELS = 200_000_000
+
+
+class ImageError(ValueError):
+    """Bytes that are not a readable image."""
+
+
+def decode(data: bytes, name: str = "image") -> Pixels:
+    """Decode any format that Pillow reads to (H, W, 3) uint8 RGB, upright by its EXIF orientation.
+
+    Transparent pixels are laid on white. `name` is what an error calls the image.
+
+    Raises:
+        ImageError: unreadable, truncated or larger than `MAX_PIXELS`.
+    """
+    try:
+        with Image.open(io.BytesIO(data)) as opened:
+            if opened.width * opened.height > MAX_PIXELS:
+                raise ImageError(f"{name}: {opened.width}x{opened.height} pixels are more than {MAX_PIXELS:,}")
+            image = ImageOps.exif_transpose(opened)
+            if image.has_transparency_data:
+                image = image.convert("RGBA")
+                white = Image.new("RGBA", image.size, "white")
+                image = Image.alpha_composite(white, image)
+            return np.asarray(image.convert("RGB"))
+    except ImageError:
+        raise
+    except (UnidentifiedImageError, OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise ImageError(f"{name}: not a readable image ({error})") from error
+
+
+def encode_png(pixels: Pixels) -> bytes:
+    """Encode (H, W, 3) uint8 as PNG, to the same bytes on every machine.
+
+    Run-length deflate (zlib's Z_RLE) looks for no matches in a hash table, which is where zlib builds for
+    different processors differ; the data set's hash depends on it.
+    """
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, format="PNG", compress_type=3)
+    return buffer.getvalue()
+
+
+def resize_crop(pixels: Pixels, size: int) -> Pixels:
+    """Scale the shorter side to `size` (bicubic, antialiased) and cut the centre square: (size, size, 3)."""
+    height, width = pixels.shape[:2]
+    if (height, width) == (size, size):
+        return pixels
+    scale = size / min(height, width)
+    target = (max(size, round(width * scale)), max(size, round(height * scale)))
+    image = Image.fromarray(pixels).resize(target, Image.Resampling.BICUBIC)
+    left, top = (target[0] - size) // 2, (target[1] - size) // 2
+    return np.asarray(image.crop((left, top, left + size, top + size)))
+
+
+def to_batch(pixels: Sequence[Pixels] | Pixels) -> torch.Tensor:
+    """Stack (H, W, 3) arrays to a (B, 3, H, W) uint8 tensor."""
+    array = np.stack(list(pixels)) if not isinstance(pixels, np.ndarray) else pixels
+    return torch.from_numpy(np.ascontiguousarray(array)).permute(0, 3, 1, 2).contiguous()
+
+
+def to_model(batch: torch.Tensor) -> torch.Tensor:
+    """(B, 3, H, W) uint8 in 0..255 -> float32 in [-1, 1]."""
+    return batch.float() / 127.5 - 1.0
+
+
+def to_pixels(batch: torch.Tensor) -> torch.Tensor:
+    """(B, 3, H, W) float in [-1, 1] -> uint8, rounded to nearest; values outside are clipped.
+
+    The inverse of `to_model` for all 256 values.
+    """
+    return ((batch.float() + 1.0) * 127.5).round().clamp(0, 255).to(torch.uint8)
+
+
+def to_arrays(batch: torch.Tensor) -> list[Pixels]:
+    """(B, 3, H, W) uint8 -> list of (H, W, 3) arrays."""
+    return list(batch.permute(0, 2, 3, 1).cpu().numpy())
+
+
+def grid(
+    rows: Sequence[Sequence[Pixels]], labels: Sequence[str] = (), tile: int = 128, gap: int = 4
+) -> Pixels:
+    """Rows of images as one picture, each tile scaled to `tile` pixels; `labels` name the rows at the left."""
+    columns = max(len(row) for row in rows)
+    margin = 110 if labels else 0
+    canvas = Image.new(
+        "RGB", (margin + columns * (tile + gap) + gap, len(rows) * (tile + gap) + gap), (255, 255, 255)
+    )
+    draw = ImageDraw.Draw(canvas)
+    for r, row in enumerate(rows):
+        top = gap + r * (tile + gap)
+        if labels:
+            draw.text((6, top + tile // 2 - 6), labels[r], fill=(40, 40, 40))
+        for c, pixels in enumerate(row):
+            small = min(pixels.shape[:2]) < tile
+            how = Image.Resampling.NEAREST if small else Image.Resampling.BICUBIC
+            canvas.paste(Image.fromarray(pixels).resize((tile, tile), how), (margin + gap + c * (tile + gap), top))
+    return np.asarray(canvas)
