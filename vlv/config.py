@@ -91,7 +91,9 @@ class Decoder(Section):
     """The frozen text-to-image model."""
 
     kind: Literal["stable_diffusion"]
-    pretrained: str = Field(description="reference to a diffusers folder: vae, unet, text_encoder, tokenizer, scheduler")
+    pretrained: str = Field(
+        description="reference to a diffusers folder: vae, unet, text_encoder, tokenizer, scheduler"
+    )
     weights: Weights
     architecture: str | None = None
     image_size: Positive = Field(description="pixels; what it draws (paper: 384)")
@@ -199,7 +201,9 @@ class Evaluate(Section):
     batch_size: Positive
     feature_network: str | None = Field(description="asset reference to the Inception network; null: no FID")
     sentence_model: str | None = Field(default=None, description="asset reference to a sentence-embedding model")
-    recogniser: str | None = Field(default=None, description="reference to the scene recogniser; null where there is no known truth")
+    recogniser: str | None = Field(
+        default=None, description="reference to the scene recogniser; null where there is no known truth"
+    )
     untrained_floor: bool = Field(description="also train Stage 2 on an untrained Stage 1, as a floor")
 
 

@@ -93,15 +93,11 @@ def to_arrays(batch: torch.Tensor) -> list[Pixels]:
     return list(batch.permute(0, 2, 3, 1).cpu().numpy())
 
 
-def grid(
-    rows: Sequence[Sequence[Pixels]], labels: Sequence[str] = (), tile: int = 128, gap: int = 4
-) -> Pixels:
+def grid(rows: Sequence[Sequence[Pixels]], labels: Sequence[str] = (), tile: int = 128, gap: int = 4) -> Pixels:
     """Rows of images as one picture, each tile scaled to `tile` pixels; `labels` name the rows at the left."""
     columns = max(len(row) for row in rows)
     margin = 110 if labels else 0
-    canvas = Image.new(
-        "RGB", (margin + columns * (tile + gap) + gap, len(rows) * (tile + gap) + gap), (255, 255, 255)
-    )
+    canvas = Image.new("RGB", (margin + columns * (tile + gap) + gap, len(rows) * (tile + gap) + gap), (255, 255, 255))
     draw = ImageDraw.Draw(canvas)
     for r, row in enumerate(rows):
         top = gap + r * (tile + gap)

@@ -77,9 +77,7 @@ def _bucket(text: str, buckets: int) -> int:
 def has_held_out_pair(scene: Scene) -> bool:
     """Whether two of its kinds form one of the pairs (about 1 in 16) that only the test set shows."""
     kinds = sorted(kind for _, kind in scene.objects)
-    return any(
-        _bucket(f"pair {NAMES[a]} {NAMES[b]}", 16) == 0 for i, a in enumerate(kinds) for b in kinds[i + 1 :]
-    )
+    return any(_bucket(f"pair {NAMES[a]} {NAMES[b]}", 16) == 0 for i, a in enumerate(kinds) for b in kinds[i + 1 :])
 
 
 def split_of(scene: Scene) -> Split:
@@ -197,9 +195,7 @@ def write_caption(scene: Scene, rng: np.random.Generator) -> str:
         else:
             before, previous = scene.objects[i - 1]
             relation, inverse = _relation(place, before), _relation(before, place)
-            sentences.append(
-                _next_sentence(NAMES[kind], PLACES[place], relation, NAMES[previous], inverse, form)
-            )
+            sentences.append(_next_sentence(NAMES[kind], PLACES[place], relation, NAMES[previous], inverse, form))
     sentences.insert(0 if rng.integers(2) else len(sentences), background)
     return " ".join(sentences)
 
@@ -228,15 +224,19 @@ def read_caption(text: str) -> Scene:
             background = COLOURS.index(match.group(1)) if match else -1
             continue
         kind, place = _OBJECT.search(sentence), _PLACE.search(sentence)
-        objects.append(
-            (PLACES.index(place.group(1)) if place else -1, NAMES.index(kind.group(1)) if kind else -1)
-        )
+        objects.append((PLACES.index(place.group(1)) if place else -1, NAMES.index(kind.group(1)) if kind else -1))
     return Scene(background, tuple(sorted(objects)))
+
+
+_GRAMMAR = (
+    *("The", "A", "An", "At", "There", "Everything", "the", "a", "an", "at", "is", "has", "on", "to", "of"),
+    *("scene", "background", "right", "left", "below", "above", "and", ",", "."),
+)
 
 
 def vocabulary() -> list[str]:
     """All words and signs a caption can hold, sorted."""
-    words = set("The A An At There Everything the a an at is has on scene background to right left of below above and , .".split())
+    words = set(_GRAMMAR)
     for phrase in (*NAMES, *COLOURS, *PLACES):
         words.update(phrase.split())
     return sorted(words)

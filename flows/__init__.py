@@ -1,0 +1,49 @@
+"""Orchestration with Prefect: when, where, retry, timeout, notify. What is stale is DVC's to say.
+
+Importing this package sets defaults for Prefect's settings, so it must come before `import prefect`. All of
+them give way to the user's own environment.
+"""
+
+import contextlib
+import os
+import tomllib
+from pathlib import Path
+
+from vlv.config import ConfigError, Paths
+
+_DEFAULTS = {
+    "DO_NOT_TRACK": "true",  # MLflow honours only "true"
+    "DVC_NO_ANALYTICS": "1",
+    "GX_ANALYTICS_ENABLED": "false",
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+    "PREFECT_CLOUD_ENABLE_ORCHESTRATION_TELEMETRY": "false",
+    # The temporary server needs about 20 s on two busy cores, Prefect waits 20 s by default.
+    "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "120",
+    "PREFECT_SERVER_ALLOW_EPHEMERAL_MODE": "true",
+}
+
+
+def _profile_names_a_server() -> bool:
+    """Whether the user's active Prefect profile (`prefect config set`) points to a server of theirs."""
+    try:
+        text = (Path.home() / ".prefect" / "profiles.toml").read_text(encoding="utf-8")
+        profiles = tomllib.loads(text)
+        active = profiles.get("profiles", {}).get(profiles.get("active", ""), {})
+    except (OSError, tomllib.TOMLDecodeError):
+        return False
+    return bool(active.get("PREFECT_API_URL"))
+
+
+def _set_defaults() -> None:
+    for name, value in _DEFAULTS.items():
+        os.environ.setdefault(name, value)
+    chosen = {"PREFECT_API_URL", "PREFECT_HOME", "PREFECT_PROFILE"} & set(os.environ)
+    if chosen or _profile_names_a_server():
+        return
+    with contextlib.suppress(ConfigError):  # not in a project: the flow itself says so
+        os.environ["PREFECT_HOME"] = str(Paths.find().root / ".prefect")
+
+
+_set_defaults()

@@ -1,0 +1,161 @@
+"""A child process and everything it starts: its lines as they come, and no survivor."""
+
+import codecs
+import os
+import re
+import selectors
+import signal
+import subprocess
+import time
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+
+GRACE_SECONDS = 20.0  # a trainer saves in this time; Prefect's worker itself waits 30 s before it kills
+_LINGER_SECONDS = 2.0  # for a pipe that a leftover grandchild keeps open
+_PROGRESS_SECONDS = 5.0  # a progress bar is told this often at most
+_TAIL_LINES = 200
+_ANSI = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How a child ended."""
+
+    returncode: int
+    tail: tuple[str, ...]  # its last lines, oldest first
+
+
+def run(
+    command: Sequence[str],
+    *,
+    cwd: Path,
+    env: Mapping[str, str],
+    say: Callable[[str], None],
+    grace: float = GRACE_SECONDS,
+) -> Ended:
+    """Run `command` in a session of its own and hand each line of its output to `say` as it comes.
+
+    However this function is left (the end, an exception, a timeout, a cancel, Ctrl-C), the child and all its
+    descendants are gone afterwards: SIGTERM first, SIGKILL to what is left after `grace` seconds.
+    """
+    process = subprocess.Popen(
+        list(command),
+        cwd=cwd,
+        env=dict(env),
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
+    )
+    lines = _Lines(say)
+    try:
+        _follow(process, lines)
+        return Ended(process.wait(), tuple(lines.tail))
+    finally:
+        _end(process, grace)
+        lines.close()
+        if process.stdout is not None:
+            process.stdout.close()
+
+
+class _Lines:
+    """Cuts bytes into lines. What ends with \\r (a progress bar) is told seldom, with \\n always."""
+
+    def __init__(self, say: Callable[[str], None]) -> None:
+        self.tail: deque[str] = deque(maxlen=_TAIL_LINES)
+        self._say = say
+        self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        self._rest = ""
+        self._last_progress = 0.0
+
+    def feed(self, data: bytes) -> None:
+        parts = re.split(r"(\r\n|\n|\r)", self._rest + self._decoder.decode(data))
+        self._rest = parts.pop()
+        for text, ending in zip(parts[::2], parts[1::2], strict=True):
+            if ending == "\r":
+                now = time.monotonic()
+                if now - self._last_progress < _PROGRESS_SECONDS:
+                    continue
+                self._last_progress = now
+            self._tell(text)
+
+    def close(self) -> None:
+        self._tell(self._rest)
+        self._rest = ""
+
+    def _tell(self, text: str) -> None:
+        clean = _ANSI.sub("", text).rstrip()
+        if clean:
+            self.tail.append(clean)
+            self._say(clean)
+
+
+def _follow(process: subprocess.Popen[bytes], lines: _Lines) -> None:
+    """Read until the pipe closes, or until shortly after the child itself has ended."""
+    assert process.stdout is not None
+    descriptor = process.stdout.fileno()
+    os.set_blocking(descriptor, False)
+    ended_at: float | None = None
+    with selectors.DefaultSelector() as selector:
+        selector.register(descriptor, selectors.EVENT_READ)
+        while True:
+            if selector.select(timeout=0.5):
+                data = os.read(descriptor, 65536)
+                if not data:
+                    return
+                lines.feed(data)
+            if process.poll() is not None:
+                ended_at = ended_at or time.monotonic()
+                if time.monotonic() - ended_at > _LINGER_SECONDS:
+                    return
+
+
+def _alive(process: subprocess.Popen[bytes]) -> list[psutil.Process]:
+    """The child, its descendants and everything in its process group; zombies left out."""
+    found: dict[int, psutil.Process] = {}
+    try:
+        if process.poll() is None:
+            child = psutil.Process(process.pid)
+            found = {p.pid: p for p in (child, *child.children(recursive=True))}
+    except psutil.NoSuchProcess:
+        pass
+    for other in psutil.process_iter():
+        try:
+            if os.getpgid(other.pid) == process.pid:
+                found[other.pid] = other
+        except (ProcessLookupError, PermissionError):
+            continue
+    return [p for p in found.values() if _runs(p)]
+
+
+def _runs(process: psutil.Process) -> bool:
+    try:
+        return bool(process.is_running() and process.status() != psutil.STATUS_ZOMBIE)
+    except psutil.NoSuchProcess:
+        return False
+
+
+def _signal(processes: Sequence[psutil.Process], number: signal.Signals) -> None:
+    for process in processes:
+        try:
+            process.send_signal(number)
+        except psutil.NoSuchProcess:
+            continue
+
+
+def _end(process: subprocess.Popen[bytes], grace: float) -> None:
+    """End what is left of the child's tree. A second interrupt during the grace time kills at once."""
+    left = _alive(process)
+    try:
+        if left:
+            _signal(left, signal.SIGTERM)
+            deadline = time.monotonic() + grace
+            while time.monotonic() < deadline and (process.poll() is None or any(map(_runs, left))):
+                time.sleep(0.1)
+    finally:
+        _signal([p for p in {*left, *_alive(process)} if _runs(p)], signal.SIGKILL)
+        process.wait()

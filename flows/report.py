@@ -1,0 +1,182 @@
+"""What a run came to, read from the files that its stages wrote: tables, examples, versions."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from flows.project import Outcome
+from vlv import files
+from vlv.config import Paths
+
+# metrics/evaluate.json's key, how it is called, how many decimals
+SCENES = {
+    "background_accuracy": ("background", 3),
+    "object_recall": ("object recall", 3),
+    "object_precision": ("object precision", 3),
+    "position_accuracy": ("position", 3),
+    "exact_match": ("exact scene", 3),
+}
+RECONSTRUCTION = {"object_recall": ("object recall", 3), "psnr": ("PSNR, dB", 2), "fid": ("FID", 2)}
+
+
+@dataclass(frozen=True)
+class Figures:
+    """One table: a row for each way of doing it (ours, a ceiling, a floor), a column for each figure."""
+
+    title: str
+    columns: list[str]
+    rows: list[tuple[str, list[str]]]
+
+    def markdown(self) -> str:
+        lines = [f"**{self.title}**", "", "| | " + " | ".join(self.columns) + " |"]
+        lines.append("|" + "---|" * (len(self.columns) + 1))
+        lines += [f"| {name} | " + " | ".join(cells) + " |" for name, cells in self.rows]
+        return "\n".join(lines)
+
+    def rich(self) -> Table:
+        table = Table("", *self.columns, title=self.title, title_justify="left", title_style="bold")
+        for name, cells in self.rows:
+            table.add_row(name, *cells, style="bold" if name == "this run" else "dim")
+        return table
+
+
+@dataclass(frozen=True)
+class Example:
+    """A test image with what the pipeline made of it. Paths are relative to the project folder."""
+
+    image: Path
+    reconstruction: Path | None
+    caption: str
+    truth: str | None
+
+
+def read(paths: Paths, name: str) -> dict[str, Any]:
+    """metrics/NAME.json, or nothing where that stage has not run."""
+    file = paths.metrics / f"{name}.json"
+    value = files.read_json(file) if file.exists() else {}
+    return value if isinstance(value, dict) else {}
+
+
+def figures(paths: Paths) -> list[Figures]:
+    """The tables of metrics/evaluate.json; a part that it lacks is left out."""
+    measured = read(paths, "evaluate")
+    tables = []
+    if scenes := measured.get("scenes"):
+        title = f"Captions of {scenes.get('n', '?')} held-out scenes, counted against the known truth"
+        tables.append(_table(title, SCENES, scenes, {}))
+    if reconstruction := measured.get("reconstruction"):
+        references = {"ceiling": "teacher, true caption", "vae": "VAE round trip"}
+        title = f"Reconstructions of {reconstruction.get('n', '?')} held-out images"
+        tables.append(_table(title, RECONSTRUCTION, reconstruction, references))
+    return tables
+
+
+def _table(
+    title: str, keys: Mapping[str, tuple[str, int]], values: dict[str, Any], references: Mapping[str, str]
+) -> Figures:
+    present = {key: how for key, how in keys.items() if key in values}
+    sources = [("this run", values)]
+    sources += [(label, values[key]) for key, label in references.items() if key in values]
+    sources += [(f"floor: {key.replace('_', ' ')}", v) for key, v in (values.get("floors") or {}).items()]
+    rows = [
+        (name, [_number(source.get(key), digits) for key, (_, digits) in present.items()]) for name, source in sources
+    ]
+    return Figures(title, [label for label, _ in present.values()], rows)
+
+
+def _number(value: Any, digits: int) -> str:
+    return f"{value:.{digits}f}" if isinstance(value, int | float) else "-"
+
+
+def headline(paths: Paths) -> dict[str, float]:
+    """The figures of this run as flat metrics, for the parent run."""
+    measured = read(paths, "evaluate")
+    return {
+        f"{part}.{key}": float(value)
+        for part in ("scenes", "reconstruction")
+        for key, value in (measured.get(part) or {}).items()
+        if isinstance(value, int | float) and not isinstance(value, bool)
+    }
+
+
+def examples(paths: Paths, most: int = 3) -> list[Example]:
+    """The first examples of work/evaluate/examples.json."""
+    folder = paths.work / "evaluate"
+    file = folder / "examples.json"
+    if not file.exists():
+        return []
+    return [
+        Example(
+            image=(folder / entry["image"]).relative_to(paths.root),
+            reconstruction=(folder / entry["reconstruction"]).relative_to(paths.root)
+            if entry.get("reconstruction")
+            else None,
+            caption=str(entry["caption"]),
+            truth=entry.get("truth"),
+        )
+        for entry in files.read_json(file)[:most]
+    ]
+
+
+def versions(paths: Paths) -> list[tuple[str, str]]:
+    """Registered models and their versions, from metrics/register.json."""
+    models = read(paths, "register").get("models") or {}
+    return [(name, str(entry.get("version", "?"))) for name, entry in models.items()]
+
+
+def show(console: Console, paths: Paths, outcomes: Mapping[str, Outcome], seconds: float, promotion: str) -> None:
+    """The end of `make full-train`: figures, examples, versions, and what to type next."""
+    console.print()
+    console.print("  ".join(f"{name}: {outcome}" for name, outcome in outcomes.items()), highlight=False)
+    for table in figures(paths):
+        console.print(table.rich())
+    for example in examples(paths):
+        console.print(_side_by_side(console, paths, example), end="")
+        console.print(f"  {example.caption}", markup=False, highlight=False)
+        where = f"  image {example.image}"
+        if example.reconstruction:
+            where += f"   reconstruction {example.reconstruction}"
+        console.print(where, style="dim", highlight=False)
+    for name, version in versions(paths):
+        console.print(f"[bold]{name}[/] version {version}", highlight=False)
+    if promotion:
+        console.print(promotion, markup=False, highlight=False)
+    console.print(f"\n{seconds:.0f} s in all. Next:")
+    for command, purpose in (
+        ("vlv caption DIR -o captions.json", "caption a folder of images with the champion"),
+        ("vlv reconstruct DIR -o OUT", "what the encoder kept of them"),
+        ("mlflow ui --backend-store-uri sqlite:///mlflow/store/mlflow.db", "runs, curves, models"),
+        ("dvc metrics diff", "against the last commit"),
+    ):
+        console.print(f"  [bold cyan].venv/bin/{command}[/]  [dim]# {purpose}[/]", highlight=False)
+
+
+def _side_by_side(console: Console, paths: Paths, example: Example, width: int = 32) -> Text:
+    """Image and reconstruction in half blocks, where the terminal has the colours; else nothing."""
+    if not console.is_terminal or console.color_system not in ("truecolor", "256"):
+        return Text()
+    import numpy as np
+    from PIL import Image
+
+    chosen = [p for p in (example.image, example.reconstruction) if p is not None]
+    pictures = []
+    for path in chosen:
+        with Image.open(paths.root / path) as image:
+            pictures.append(np.asarray(image.convert("RGB").resize((width, width))))
+    gap = np.zeros((width, 1, 3), dtype=np.uint8)
+    pixels = np.concatenate([part for picture in pictures for part in (picture, gap)][:-1], axis=1)
+    text = Text()
+    for upper, lower in zip(pixels[::2], pixels[1::2], strict=True):
+        for top, bottom in zip(upper, lower, strict=True):
+            text.append("▀", style=f"rgb({top[0]},{top[1]},{top[2]}) on rgb({bottom[0]},{bottom[1]},{bottom[2]})")
+        text.append("\n")
+    return text
+
+
+def _rgb(pixel: Any) -> str:
+    return "rgb({},{},{})".format(*pixel)

@@ -1,0 +1,75 @@
+"""What several test files share: the sprites, and small sets of emoji scenes."""
+
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+# Before anything is imported that reads them.
+for _name, _value in {
+    "GX_ANALYTICS_ENABLED": "false", "DO_NOT_TRACK": "true", "MLFLOW_DISABLE_TELEMETRY": "true",
+    "PREFECT_SERVER_ANALYTICS_ENABLED": "false", "DVC_NO_ANALYTICS": "1", "HF_HUB_DISABLE_TELEMETRY": "1",
+}.items():  # fmt: skip
+    os.environ[_name] = _value
+
+from vlv import assets, config
+from vlv.data import sources
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def tiny() -> config.Config:
+    """The tiny profile."""
+    return config.parse((ROOT / "configs" / "tiny.yaml").read_text(encoding="utf-8"), "tiny")
+
+
+def small_scenes(train: int = 50, validation: int = 6, test: int = 14, shard_size: int = 20) -> config.Data:
+    """The tiny profile's data section with few samples."""
+    data = tiny().data
+    counts = {"train": train, "validation": validation, "test": test}
+    return data.model_copy(update={"source": data.source.model_copy(update=counts), "shard_size": shard_size})
+
+
+@pytest.fixture(scope="session")
+def paths() -> config.Paths:
+    """This repository; assets are fetched into its cache once (or into VLV_CACHE), then found there."""
+    return config.Paths(ROOT)
+
+
+@pytest.fixture(scope="session")
+def sprites(paths: config.Paths) -> Path:
+    source = tiny().data.source
+    assert isinstance(source, config.ScenesSource)
+    return assets.resolve(source.sprites, paths)
+
+
+@pytest.fixture(scope="session")
+def _scene_data(paths: config.Paths, sprites: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    data = tmp_path_factory.mktemp("scenes") / "data"
+    sources.materialise(small_scenes(), paths, data)
+    return data
+
+
+@pytest.fixture
+def scene_data(_scene_data: Path, tmp_path: Path) -> Path:
+    """A copy of a small data folder that the test may damage: 50 + 6 + 14 scenes, 20 in a shard."""
+    return Path(shutil.copytree(_scene_data, tmp_path / "data"))
+
+
+@pytest.fixture
+def write_images(tmp_path: Path) -> Callable[[int], Path]:
+    """Makes a folder with so many different 96x80 photographs (noise, as JPEG)."""
+    import numpy as np
+    from PIL import Image
+
+    def write(count: int) -> Path:
+        folder = tmp_path / "photographs"
+        folder.mkdir()
+        for i in range(count):
+            pixels = np.random.default_rng(i).integers(0, 256, (10, 12, 3), np.uint8)
+            Image.fromarray(pixels).resize((96, 80)).save(folder / f"photo{i:02d}.jpg", quality=90)
+        return folder
+
+    return write

@@ -1,0 +1,106 @@
+"""Throw-away project folders: real git, real DVC, real configuration, in a temporary place."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import yaml
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+
+# Three stages that cost nothing, written down in the wrong order on purpose. `middle` tells its process ids and
+# misbehaves as TOY says.
+_GRAPH = """
+stages:
+  last:
+    cmd: python toy.py last
+    deps: [work/middle, toy.py]
+    outs: [work/last]
+  first:
+    cmd: python toy.py first
+    deps: [data, toy.py]
+    params: [stage1.seed]
+    outs: [work/first]
+  middle:
+    cmd: python toy.py middle
+    deps: [work/first, toy.py]
+    params: [stage2.seed]
+    outs:
+      - work/middle: {persist: true}
+"""
+
+_STAGE = """
+import os, pathlib, signal, subprocess, sys, time
+
+name = sys.argv[1]
+mode = os.environ.get("TOY", "") if name == "middle" else ""
+out = pathlib.Path("work", name)
+out.mkdir(parents=True, exist_ok=True)
+print(f"{name} begins", flush=True)
+if mode == "sleep":  # a trainer with a loader of its own, in a session of its own
+    loader = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"], start_new_session=True)
+    pathlib.Path("pids").write_text(f"{os.getpid()} {loader.pid}")
+    time.sleep(600)
+if mode == "die-once" and not pathlib.Path("died").exists():
+    pathlib.Path("died").touch()
+    os.kill(os.getpid(), signal.SIGKILL)
+if mode == "fail":
+    sys.exit("ERROR of the toy: no such luck")
+(out / "done.txt").write_text(f"{name} {os.environ.get('VLV_FLOW_RUN_ID', '')}\\n")
+"""
+
+
+def run(command: list[str], cwd: Path, timeout: float = 300, **env: str) -> subprocess.CompletedProcess[str]:
+    """Run a command of this environment in a project; the output is in the assertion if it is looked at."""
+    return subprocess.run(
+        command, cwd=cwd, env=environment(**env), text=True, capture_output=True, timeout=timeout, check=False
+    )
+
+
+def python(*arguments: str) -> list[str]:
+    return [sys.executable, *arguments]
+
+
+def environment(**more: str) -> dict[str, str]:
+    """This environment with its programs first in PATH, without what a surrounding run may have set."""
+    clean = {key: value for key, value in os.environ.items() if not key.startswith(("PREFECT", "VLV_", "MLFLOW"))}
+    path = os.pathsep.join([str(Path(sys.executable).parent), clean.get("PATH", "")])
+    return {**clean, "PATH": path, "DVC_NO_ANALYTICS": "1", "DO_NOT_TRACK": "true", **more}
+
+
+def bare(folder: Path) -> Path:
+    """A git and DVC project with the repository's own settings for both, and its flows and deployments."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in (".dvcignore", ".gitignore", "prefect.yaml"):
+        shutil.copy(REPOSITORY / name, folder / name)
+    shutil.copytree(REPOSITORY / "configs", folder / "configs")
+    shutil.copytree(REPOSITORY / "flows", folder / "flows", ignore=shutil.ignore_patterns("__pycache__"))
+    (folder / ".dvc").mkdir()
+    for name in ("config", ".gitignore"):
+        shutil.copy(REPOSITORY / ".dvc" / name, folder / ".dvc" / name)
+    subprocess.run(["git", "init", "--quiet"], cwd=folder, check=True)
+    for key, value in (("user.name", "test"), ("user.email", "test@example.org")):
+        subprocess.run(["git", "config", key, value], cwd=folder, check=True)
+    return folder
+
+
+def toy(folder: Path, sprites: Path) -> Path:
+    """A project with the real configuration and real (few) scenes, and three toy stages."""
+    bare(folder)
+    settings = yaml.safe_load((REPOSITORY / "configs" / "tiny.yaml").read_text(encoding="utf-8"))
+    settings["data"]["source"] |= {"train": 24, "validation": 4, "test": 8}
+    settings["data"]["shard_size"] = 8
+    settings["evaluate"] |= {"feature_network": None, "sentence_model": None, "captions": 8, "reconstructions": 8}
+    settings["register"]["promote"] = False
+    (folder / "params.yaml").write_text(yaml.safe_dump(settings), encoding="utf-8")
+    (folder / "dvc.yaml").write_text(_GRAPH, encoding="utf-8")
+    (folder / "toy.py").write_text(_STAGE, encoding="utf-8")
+    commit(folder, "toy")
+    return folder
+
+
+def commit(folder: Path, message: str) -> None:
+    subprocess.run(["git", "add", "--all"], cwd=folder, check=True)
+    subprocess.run(["git", "commit", "--quiet", "--allow-empty", "-m", message], cwd=folder, check=True)

@@ -1,0 +1,338 @@
+import itertools
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tarfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from PIL import Image
+
+from conftest import small_scenes, tiny
+from vlv import config, images, scenes
+from vlv.data import loader, pointer, shards, sources, writer
+from vlv.data.loader import ShardLoader
+from vlv.data.shards import DataError
+
+
+def hashes(data: Path) -> dict[str, str]:
+    return {p.relative_to(data).as_posix(): pointer.hash_file(p).md5 for p in data.rglob("*") if p.is_file()}
+
+
+def keys(batches: Any, count: int | None = None) -> list[str]:
+    return [key for batch in itertools.islice(batches, count) for key in batch.keys]
+
+
+# --- scenes
+
+
+def test_equal_settings_give_equal_bytes(scene_data: Path, paths: config.Paths, tmp_path: Path) -> None:
+    sources.materialise(small_scenes(), paths, tmp_path / "again")
+    assert hashes(tmp_path / "again") == hashes(scene_data)
+
+
+def test_scene_bytes_are_the_known_ones(scene_data: Path) -> None:
+    # Whoever changes how scenes are drawn or written raises sources._SCENES_VERSION and this hash.
+    entry = shards.read_manifest(scene_data).splits["validation"].shards[0]
+    assert entry.sha256 == "35a6d0f6270e513c0a4c6267f60b6d11c89f09735dc869899cb813260f81753c"
+
+
+def test_what_is_there_and_intact_is_not_made_again(scene_data: Path, paths: config.Paths) -> None:
+    before = {path: path.stat().st_mtime_ns for path in scene_data.rglob("*")}
+    sources.materialise(small_scenes(), paths, scene_data)
+    assert {path: path.stat().st_mtime_ns for path in scene_data.rglob("*")} == before
+
+
+def test_damaged_or_outdated_data_is_made_again(scene_data: Path, paths: config.Paths) -> None:
+    good = hashes(scene_data)
+    (scene_data / "test" / "00000.tar").write_bytes(b"")
+    sources.materialise(small_scenes(), paths, scene_data)
+    assert hashes(scene_data) == good
+    smaller = sources.materialise(small_scenes(train=20), paths, scene_data)
+    assert smaller.splits["train"].samples == 20
+    assert hashes(scene_data)["train/00000.tar"] == good["train/00000.tar"]  # a smaller count is a beginning
+
+
+def test_samples_hold_what_they_show(scene_data: Path) -> None:
+    specifications: dict[str, set[scenes.Scene]] = {}
+    for split, entry in shards.read_manifest(scene_data).splits.items():
+        for batch in ShardLoader(scene_data, split, 8).iterate():
+            specifications.setdefault(split, set()).update(batch.scenes)
+            for caption, scene, meta in zip(batch.captions, batch.scenes, batch.meta, strict=True):
+                assert caption is not None
+                assert scenes.read_caption(caption) == scene
+                assert scenes.split_of(scene) == split
+                assert meta["novel_pair"] == scenes.has_held_out_pair(scene)
+        assert len(specifications[split]) == entry.samples  # none twice
+    table = pd.read_parquet(scene_data / "train" / "samples.parquet")
+    assert list(table["key"].iloc[[0, 19, 20, 49]]) == ["000000000", "000000019", "000010000", "000020009"]
+    assert set(table["status"]) == {"success"}
+
+
+def test_tars_are_plain_and_without_traces_of_the_machine(scene_data: Path) -> None:
+    with tarfile.open(scene_data / "train" / "00000.tar") as tar:
+        members = tar.getmembers()
+    assert [member.name for member in members[:3]] == ["000000000.png", "000000000.txt", "000000000.json"]
+    assert {(m.mtime, m.uid, m.gid, m.uname, m.gname, m.mode) for m in members} == {(0, 0, 0, "", "", 0o644)}
+
+
+# --- shards against the manifest
+
+
+def cut_at_member(path: Path) -> None:
+    """Cut a tar between two samples, as a full disk does; tar readers take it for the whole."""
+    with tarfile.open(path) as tar:
+        offset = next(member.offset for member in tar if member.name == "000000010.png")
+    path.write_bytes(path.read_bytes()[:offset])
+
+
+def flip(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("damage", [cut_at_member, flip, Path.unlink, lambda path: path.write_bytes(b"x" * 99)])
+def test_a_damaged_shard_is_named(scene_data: Path, damage: Callable[[Path], Any]) -> None:
+    shard = scene_data / "train" / "00000.tar"
+    damage(shard)
+    entry = shards.read_manifest(scene_data).splits["train"].shards[0]
+    for read in (lambda: shards.read_shard(shard, entry), lambda: shards.verify(scene_data, None)):
+        with pytest.raises(DataError, match=r"train/00000\.tar.*vlv data download"):
+            read()
+
+
+def test_a_shard_changed_after_it_was_read_is_noticed(scene_data: Path) -> None:
+    entry = shards.read_manifest(scene_data).splits["train"].shards[0]
+    shard = scene_data / "train" / "00000.tar"
+    shards.read_shard(shard, entry)
+    flip(shard)
+    with pytest.raises(DataError, match="sha256"):
+        shards.read_shard(shard, entry)
+
+
+def test_a_shard_name_never_runs_a_program(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="missing"):
+        list(shards.scan_shard(Path(f"pipe:touch {tmp_path / 'ran'}")))
+    assert not (tmp_path / "ran").exists()
+
+
+def test_verify_agrees_with_dvc(scene_data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    project = scene_data.parent
+    monkeypatch.setenv("DVC_SITE_CACHE_DIR", str(project / "site"))
+    (scene_data / "train" / "samples.parquet").touch()
+    for arguments in (["init", "--no-scm", "--quiet"], ["add", "--quiet", "data"]):
+        subprocess.run([sys.executable, "-m", "dvc", *arguments], cwd=project, check=True, capture_output=True)
+    data_dvc = project / "data.dvc"
+    assert pointer.folder_md5(hashes(scene_data)) == pointer.pinned_md5(data_dvc)
+    before = data_dvc.read_bytes()
+    shards.verify(scene_data, data_dvc)
+
+    # Changed together with its manifest: only data.dvc tells.
+    split = scene_data / "validation"
+    records = [record("other", i) for i in range(3)]
+    shutil.rmtree(split)
+    rewrite(scene_data, "validation", records)
+    shards.verify(scene_data, None)
+    with pytest.raises(DataError, match=r"data\.dvc pins.*validation/00000\.tar.*dvc add data"):
+        shards.verify(scene_data, data_dvc)
+    assert data_dvc.read_bytes() == before
+    with pytest.raises(DataError, match="pins no data"):
+        shards.verify(scene_data, project / "none.dvc")
+
+
+def record(name: str, seed: int, caption: str | None = "A caption of a few words.") -> writer.Record:
+    pixels = np.random.default_rng(seed).integers(0, 256, (64, 64, 3), np.uint8)
+    return writer.Record(name, images.encode_png(pixels), "png", caption, 64, 64, 64, 64, "RGB")
+
+
+def rewrite(data: Path, split: str, records: list[writer.Record], shard_size: int = 20) -> None:
+    """Write a split anew with a manifest that agrees."""
+    manifest = shards.read_manifest(data)
+    entry = writer.write_split(data / split, records, shard_size)
+    writer.write_manifest(data, manifest.model_copy(update={"splits": {**manifest.splits, split: entry}}))
+
+
+# --- loader
+
+
+def test_each_epoch_shows_every_sample_once_in_another_order(scene_data: Path) -> None:
+    reader = ShardLoader(scene_data, "train", 10, seed=1)
+    first, second = keys(reader.batches(), 5), keys(reader.batches(5), 5)
+    assert sorted(first) == sorted(second) == keys(reader.iterate())
+    assert first != second
+    assert first != keys(ShardLoader(scene_data, "train", 10, seed=2).batches(), 5)
+
+
+def test_a_resumed_loader_goes_on_with_the_same_samples(scene_data: Path) -> None:
+    whole = list(itertools.islice(ShardLoader(scene_data, "train", 7, seed=1).batches(), 20))  # nearly 3 epochs
+    for step in (1, 3, 9, 14):
+        rest = list(itertools.islice(ShardLoader(scene_data, "train", 7, seed=1).batches(step), 20 - step))
+        assert [batch.keys for batch in rest] == [batch.keys for batch in whole[step:]]
+        assert [batch.captions for batch in rest] == [batch.captions for batch in whole[step:]]
+        assert all(torch.equal(a.images, b.images) for a, b in zip(rest, whole[step:], strict=True))
+
+
+def test_what_is_skipped_is_not_read(scene_data: Path) -> None:
+    order = [key[:5] for key in keys(ShardLoader(scene_data, "train", 10).batches(), 5)]
+    (scene_data / "train" / f"{order[0]}.tar").unlink()
+    step = next(i for i in range(5) if order[0] not in order[i * 10 : i * 10 + 10])
+    assert next(ShardLoader(scene_data, "train", 10).batches(step)).keys
+    with pytest.raises(DataError, match=f"{order[0]}.tar is missing"):
+        next(ShardLoader(scene_data, "train", 10).batches())
+
+
+def test_processes_share_the_global_batch(scene_data: Path) -> None:
+    alone = keys(ShardLoader(scene_data, "train", 8).batches(3), 6)
+    ranks = [ShardLoader(scene_data, "train", 8, rank=r, world_size=4).batches(3) for r in range(4)]
+    assert [key for _ in range(6) for rank in ranks for key in next(rank).keys] == alone
+    with pytest.raises(ValueError, match="cannot be shared by 3"):
+        ShardLoader(scene_data, "train", 8, world_size=3)
+
+
+def test_memory_changes_no_sample(scene_data: Path) -> None:
+    runs = [ShardLoader(scene_data, "train", 8, memory=size) for size in (0, 200_000, 1 << 30)]
+    batches = [list(itertools.islice(run.batches(), 14)) for run in runs]
+    for other in batches[1:]:
+        for a, b in zip(batches[0], other, strict=True):
+            assert a.keys == b.keys
+            assert torch.equal(a.images, b.images)
+    assert batches[0][0].images.shape == (8, 3, 64, 64)
+    assert batches[0][0].images.dtype == torch.uint8
+
+
+def test_extra_rows_follow_their_samples(scene_data: Path) -> None:
+    counts = {entry.name: entry.samples for entry in ShardLoader(scene_data, "train", 8).shards}
+
+    def extra(shard: str) -> dict[str, torch.Tensor]:
+        return {"key": torch.tensor([int(shard[:5]) * 10_000 + i for i in range(counts[shard])])}
+
+    reader = ShardLoader(scene_data, "train", 8, with_images=False, extra=extra)
+    for batch in itertools.islice(reader.batches(), 15):
+        assert batch.images is None
+        assert [f"{key:09d}" for key in batch.extra["key"].tolist()] == batch.keys
+    short = ShardLoader(scene_data, "train", 8, extra=lambda shard: {"key": torch.zeros(3)})
+    with pytest.raises(DataError, match="3 rows for"):
+        next(short.batches())
+
+
+def test_a_corrupt_image_is_named_by_shard_and_key(scene_data: Path) -> None:
+    records = [record("x", i) for i in range(4)]
+    records[2] = writer.Record("x", b"no image", "png", "A caption.")
+    shutil.rmtree(scene_data / "test")
+    rewrite(scene_data, "test", records)
+    with pytest.raises(DataError, match=r"test/00000\.tar: sample 000000002"):
+        keys(ShardLoader(scene_data, "test", 4).iterate())
+    assert len(keys(ShardLoader(scene_data, "test", 4, with_images=False).iterate())) == 4
+    assert keys(ShardLoader(scene_data, "test", 2).iterate(limit=2)) == ["000000000", "000000001"]
+    with pytest.raises(DataError, match="'none'"):
+        ShardLoader(scene_data, "none", 4)
+
+
+# --- own images
+
+
+def import_photographs(folder: Path, data: Path, **options: Any) -> Any:
+    gate = tiny().data.gate
+    return sources.import_folder(folder, data, image_size=64, shard_size=10, gate=gate, **options)
+
+
+def test_import_keeps_what_can_be_used_and_names_the_rest(
+    write_images: Callable[[int], Path], tmp_path: Path
+) -> None:
+    folder = write_images(24)
+    (folder / "photo00.txt").write_text("A photograph\n of noise.\n")
+    (folder / "photo01.txt").write_text("  \n")
+    (folder / "photo02.txt").write_bytes(b"\xff\xfe\xff")
+    nested = folder / "deep" / "er"
+    nested.mkdir(parents=True)
+    (nested / "copy.JPG").write_bytes((folder / "photo03.jpg").read_bytes())
+    (nested / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\nbroken")
+    (nested / "cut.jpg").write_bytes((folder / "photo04.jpg").read_bytes()[:700])
+    Image.new("RGB", (300, 100)).save(nested / "wide.webp")
+    Image.new("RGB", (40, 40)).save(nested / "tiny.bmp")
+    Image.new("CMYK", (90, 90), (9, 80, 7, 6)).save(nested / "cmyk.jpg")
+    (nested / "notes.md").write_text("not an image")
+    report = import_photographs(folder, tmp_path / "data")
+    assert {(note.path, note.reason) for note in report.dropped} == {
+        ("photo03.jpg", "duplicate"), ("deep/er/broken.png", "unreadable"), ("deep/er/cut.jpg", "unreadable"),
+        ("deep/er/wide.webp", "aspect"), ("deep/er/tiny.bmp", "too_small"),
+    }  # fmt: skip
+    assert {(note.path, note.reason) for note in report.captions_left_out} == {
+        ("photo01.jpg", "caption_empty"), ("photo02.jpg", "caption_unreadable"),
+    }  # fmt: skip
+    assert report.counts() == {
+        "found": 30, "kept": 25, "aspect": 1, "caption_empty": 1, "caption_unreadable": 1, "duplicate": 1,
+        "too_small": 1, "unreadable": 2,
+    }  # fmt: skip
+
+    shards.verify(tmp_path / "data", None)
+    captions, urls = {}, []
+    for split in report.manifest.splits:
+        for batch in ShardLoader(tmp_path / "data", split, 4).iterate():
+            assert batch.images is not None
+            assert batch.images.shape[1:] == (3, 64, 64)
+            urls += [meta["source"] for meta in batch.meta]
+            captions |= dict(zip(urls[-len(batch) :], batch.captions, strict=True))
+    assert captions.pop("photo00.jpg") == "A photograph of noise."
+    assert set(captions.values()) == {None}
+    assert len(urls) == len(set(urls)) == 25
+    table = pd.read_parquet(tmp_path / "data" / "train" / "samples.parquet")
+    cut = table[table["url"] == "deep/er/cut.jpg"].iloc[0]
+    assert cut["status"] == "unreadable"
+    assert "cut.jpg" in cut["error_message"]
+    assert table[table["url"] == "deep/er/wide.webp"].iloc[0]["original_width"] == 300
+
+
+@pytest.mark.parametrize("count", [3, 30])
+def test_import_is_deterministic_and_fills_every_split(
+    write_images: Callable[[int], Path], tmp_path: Path, count: int
+) -> None:
+    folder = write_images(count)
+    manifest = import_photographs(folder, tmp_path / "one").manifest
+    import_photographs(folder, tmp_path / "two")
+    assert hashes(tmp_path / "one") == hashes(tmp_path / "two")
+    assert all(split.samples >= 1 for split in manifest.splits.values())
+    assert sum(split.samples for split in manifest.splits.values()) == count
+    data = tiny().data.model_copy(update={"source": config.ImportedSource(kind="imported", description="mine")})
+    data = data.model_copy(update={"shard_size": 10})
+    assert sources.materialise(data, config.Paths(tmp_path), tmp_path / "one") == manifest
+    other = data.model_copy(update={"image_size": 32})
+    with pytest.raises(DataError, match="image_size 64, but params.yaml says 32"):
+        sources.materialise(other, config.Paths(tmp_path), tmp_path / "one")
+
+
+def test_import_turns_images_upright(tmp_path: Path) -> None:
+    folder = tmp_path / "photographs"
+    folder.mkdir()
+    pixels = np.zeros((100, 80, 3), np.uint8)
+    pixels[:50] = 255  # white above black
+    turned = Image.fromarray(np.rot90(pixels))
+    exif = turned.getexif()
+    exif[0x0112] = 6  # to be turned a quarter clockwise
+    turned.save(folder / "turned.png", exif=exif)
+    import_photographs(folder, tmp_path / "data")
+    batch = next(ShardLoader(tmp_path / "data", "train", 1).iterate())
+    assert batch.images is not None
+    assert batch.images[0, :, :20].min() > 240
+    assert batch.images[0, :, -20:].max() < 15
+
+
+def test_import_refuses_without_touching_the_data(scene_data: Path, tmp_path: Path) -> None:
+    before = hashes(scene_data)
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    (empty / "broken.jpg").write_bytes(b"")
+    for folder, message in ((empty, "none of 1 images"), (scene_data / "train", "in one another"),
+                            (tmp_path / "no", "not a folder")):  # fmt: skip
+        with pytest.raises(DataError, match=message):
+            import_photographs(folder, scene_data)
+    assert hashes(scene_data) == before
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]

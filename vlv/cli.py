@@ -1,0 +1,221 @@
+"""The command line, thin: each command reads the configuration, calls one function and prints.
+
+Heavy modules are imported inside the commands, so that `vlv --help` is instant. An error that the library
+names is shown as its message and exit code 2; only a bug shows a traceback.
+"""
+
+import logging
+import os
+import signal
+import sys
+from enum import StrEnum
+from pathlib import Path
+from types import FrameType
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from vlv import __version__, cli_data, cli_registry
+from vlv.config import Paths
+
+# Exit codes of the library's errors; of all others that it names: ANSWER.
+ANSWER = 2
+EXIT_CODES = {
+    "vlv.registry.promotion.PromotionRefused": 3,  # a verdict: all went well, the model is not good enough
+    "vlv.training.runtime.Stopped": 128 + signal.SIGTERM,  # asked to stop, and saved
+}
+_QUIET = {
+    "DO_NOT_TRACK": "true",
+    "GX_ANALYTICS_ENABLED": "false",
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "TOKENIZERS_PARALLELISM": "false",
+}
+
+
+class App(typer.Typer):
+    """A Typer application that ends with a message where the library raised one of its own errors."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return super().__call__(*args, **kwargs)
+        except Exception as error:
+            if not is_answer(error):
+                raise
+            console = Console(stderr=True)
+            console.print("[bold red]Error:[/] ", end="")
+            console.print(str(error), style="red", markup=False, highlight=False, soft_wrap=True)
+            kind = type(error)
+            sys.exit(EXIT_CODES.get(f"{kind.__module__}.{kind.__qualname__}", ANSWER))
+
+
+def is_answer(error: Exception) -> bool:
+    """Whether the library raised it for the user to read: its own exceptions name cause and remedy."""
+    kind = type(error)
+    return kind.__module__.partition(".")[0] == "vlv" and not kind.__name__.startswith("_")
+
+
+app = App(
+    name="vlv",
+    help="Vision-Language-Vision: distil a frozen text-to-image model into a captioner.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    epilog="The whole pipeline: make full-train, or python -m flows.full_train",
+)
+config_app = typer.Typer(no_args_is_help=True, help="The active configuration, params.yaml.")
+app.add_typer(config_app, name="config")
+app.add_typer(cli_data.app, name="data")
+for _command in (cli_registry.promote, cli_registry.rollback, cli_registry.models):
+    app.command()(_command)
+
+
+@app.callback()
+def _begin() -> None:
+    for name, value in _QUIET.items():
+        os.environ.setdefault(name, value)
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+    logging.getLogger("vlv").setLevel(logging.INFO)
+    signal.signal(signal.SIGTERM, _terminated)
+
+
+def _terminated(_number: int, _frame: FrameType | None) -> None:
+    raise SystemExit(128 + signal.SIGTERM)  # 143: context managers close, MLflow runs end as KILLED
+
+
+_Images = Annotated[Path, typer.Argument(metavar="DIR", help="Folder of images.", exists=True, file_okay=False)]
+_Model = Annotated[str | None, typer.Option(help="models:/NAME@ALIAS or a folder; default: the champion.")]
+
+
+class Part(StrEnum):
+    """A part of the tiny profile that is pretrained here."""
+
+    recogniser = "recogniser"
+    vae = "vae"
+    teacher = "teacher"
+    encoder = "encoder"
+    lm = "lm"
+
+
+class StageName(StrEnum):
+    """A stage of dvc.yaml."""
+
+    validate = "validate"
+    stage1 = "stage1"
+    stage2 = "stage2"
+    evaluate = "evaluate"
+    register = "register"
+
+
+@app.command()
+def version() -> None:
+    """Print the version."""
+    typer.echo(__version__)
+
+
+@app.command()
+def run(
+    stage: Annotated[StageName, typer.Argument(help="The stage to run, whether it is stale or not.")],
+) -> None:
+    """Run one stage, stale or not. [dim]To run only what is stale: dvc repro STAGE[/]"""
+    from vlv import stages
+
+    stages.run(stage.value, Paths.find())
+
+
+@app.command()
+def pretrain(
+    part: Annotated[Part, typer.Argument(help="Which of the tiny profile's parts.")],
+    minutes: Annotated[float | None, typer.Option(min=0, help="Time to spend; default: the recipe's.")] = None,
+) -> None:
+    """Make one of the tiny profile's pretrained parts from scratch, into pretrained/tiny/."""
+    from vlv import pretraining
+
+    pretraining.run(part.value, Paths.find(), minutes=minutes)
+
+
+@app.command()
+def caption(
+    folder: _Images,
+    output: Annotated[Path, typer.Option("-o", "--output", help="JSON file: image name -> caption.")],
+    model: _Model = None,
+) -> None:
+    """Caption every image of a folder. Written as it goes; a corrupt file is named and not fatal.
+
+    [dim]vlv caption photos -o captions.json[/]
+    """
+    from vlv import stages
+
+    report = stages.caption_folder(Paths.find(), folder, output, model=model)
+    typer.echo(f"{report.done} captions in {output}")
+    _name_failures(report.failed)
+
+
+@app.command()
+def reconstruct(
+    folder: _Images,
+    output: Annotated[Path, typer.Option("-o", "--output", help="Folder for reconstructions and figures.")],
+    size: Annotated[int | None, typer.Option(min=1, help="Pixels, square; without: the model's own.")] = None,
+    guidance: Annotated[float, typer.Option(min=1.0, help="Classifier-free guidance.")] = 2.0,
+    steps: Annotated[int, typer.Option(min=1, help="Sampler steps.")] = 50,
+    seed: Annotated[int, typer.Option(help="Seed of the noise.")] = 42,
+    model: _Model = None,
+) -> None:
+    """Draw every image of a folder again from its caption embeddings: single, side by side, with figures.
+
+    [dim]vlv reconstruct photos -o reconstructed --steps 20[/]
+    """
+    from vlv import stages
+
+    report = stages.reconstruct_folder(
+        Paths.find(), folder, output, size=size, guidance=guidance, steps=steps, seed=seed, model=model
+    )
+    typer.echo(f"{report.done} reconstructions in {output}")
+    _name_failures(report.failed)
+
+
+def _name_failures(failed: dict[str, str]) -> None:
+    for name, reason in failed.items():
+        typer.secho(f"{name}: {reason}", fg="yellow", err=True)
+
+
+@config_app.command("use")
+def config_use(profile: Annotated[str, typer.Argument(help="Name of a file in configs/.")]) -> None:
+    """Write a profile into params.yaml, where DVC sees it. [dim]vlv config use tiny[/]"""
+    from vlv import config
+
+    config.use(Paths.find(), profile)
+    typer.echo(f"params.yaml is now profile {profile}")
+
+
+@config_app.command("show")
+def config_show() -> None:
+    """Print the active configuration, checked and with its defaults filled in."""
+    import yaml
+
+    from vlv import config
+
+    paths = Paths.find()
+    value = config.load(paths).model_dump(mode="json", by_alias=True)
+    typer.echo(f"# {paths.params}; profiles: {', '.join(config.profiles(paths))}")
+    typer.echo(yaml.safe_dump(value, sort_keys=False).rstrip())
+
+
+@app.command()
+def doctor() -> None:
+    """Check this machine and this project; exit code 1 if something is in the way."""
+    from vlv.doctor import examine
+
+    colours = {"ok": "green", "note": "yellow", "problem": "red"}
+    findings = examine(Paths.find())
+    for finding in findings:
+        typer.secho(f"{finding.level:8}", fg=colours[finding.level], nl=False)
+        typer.echo(f"{finding.what}: {finding.found}")
+        if finding.remedy:
+            typer.echo(f"{'':8}  -> {finding.remedy}")
+    raise typer.Exit(int(any(finding.level == "problem" for finding in findings)))
+
+
+if __name__ == "__main__":
+    app()

@@ -1,0 +1,85 @@
+"""Tensors of frozen parts, computed once for each shard and kept on disk.
+
+A cache's folder is named by the hash of everything that decides its contents (the part's weights, its input
+size), and each file carries the hash of its shard: a stale or foreign tensor is never used.
+"""
+
+import json
+import logging
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import safetensors
+import safetensors.torch
+import torch
+
+from vlv import files, images
+from vlv.data import shards
+from vlv.data.shards import ShardEntry
+from vlv.progress import meter
+
+log = logging.getLogger(__name__)
+
+Compute = Callable[[torch.Tensor], Mapping[str, torch.Tensor]]
+
+
+class ShardCache:
+    """Cached tensors of one split.
+
+    Args:
+        root: folder of all caches.
+        kind: what is cached ("latents"); the first part of the folder's name.
+        identity: everything that decides the contents besides the shard itself.
+        split: the data folder's split.
+    """
+
+    def __init__(self, root: Path, kind: str, identity: Mapping[str, str], split: str) -> None:
+        digest = files.sha256_bytes(json.dumps(identity, sort_keys=True).encode())
+        self.folder = root / f"{kind}-{digest[:16]}" / split
+        self.kind, self._split = kind, split
+
+    def _path(self, entry: ShardEntry) -> Path:
+        return self.folder / f"{Path(entry.name).stem}.safetensors"
+
+    def _is_current(self, entry: ShardEntry) -> bool:
+        path = self._path(entry)
+        if not path.exists():
+            return False
+        try:
+            with safetensors.safe_open(path, "pt") as file:
+                return (file.metadata() or {}).get("shard_sha256") == entry.sha256
+        except safetensors.SafetensorError:
+            log.warning("%s is damaged; computing it anew", path)
+            return False
+
+    def fill(self, data: Path, entries: list[ShardEntry], compute: Compute, batch_size: int = 100) -> None:
+        """Compute what is missing: `compute` maps images (B, 3, H, W) uint8 to named tensors (B, ...).
+
+        Tensors are kept in bfloat16. A kill costs at most the shard in work.
+        """
+        missing = [entry for entry in entries if not self._is_current(entry)]
+        if not missing:
+            return
+        with meter(f"Caching {self.kind} of {self._split}", sum(e.samples for e in missing)) as progress:
+            for entry in missing:
+                samples = shards.read_shard(data / self._split / entry.name, entry)
+                parts: list[Mapping[str, torch.Tensor]] = []
+                for i in range(0, len(samples), batch_size):
+                    pixels = [images.decode(s.image, f"sample {s.key}") for s in samples[i : i + batch_size]]
+                    with torch.no_grad():
+                        computed = compute(images.to_batch(pixels))
+                    parts.append({name: t.to("cpu", torch.bfloat16) for name, t in computed.items()})
+                    progress.advance(len(pixels))
+                joined = {name: torch.cat([part[name] for part in parts]).contiguous() for name in parts[0]}
+                with files.atomic_path(self._path(entry)) as temporary:
+                    safetensors.torch.save_file(joined, temporary, metadata={"shard_sha256": entry.sha256})
+
+    def load(self, entry: ShardEntry) -> dict[str, torch.Tensor]:
+        """The tensors of one shard, in file order.
+
+        Raises:
+            DataError: not computed, or computed for another shard.
+        """
+        if not self._is_current(entry):
+            raise shards.DataError(f"{self._path(entry)} does not belong to shard {entry.name}; delete it")
+        return safetensors.torch.load_file(self._path(entry))

@@ -1,0 +1,186 @@
+"""Shards on disk and how they are read: webdataset tars, a table of samples and a manifest.
+
+A data folder holds `manifest.json` and for each split a folder of `00000.tar, 00001.tar ...` with
+`samples.parquet` beside them. A sample's key is 5 digits of its shard and 4 of its index, its members are
+`KEY.png` (or jpg, webp), `KEY.txt` (the caption; may be absent) and `KEY.json`. webdataset does not notice a
+tar that was cut between two members, so a shard is read against the manifest.
+"""
+
+import functools
+import json
+import tarfile
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import webdataset
+from pydantic import ValidationError
+
+from vlv import files
+from vlv.config import Section
+from vlv.data import pointer as dvc_pointer
+
+webdataset.utils.enforce_security = True  # otherwise a name such as "pipe:..." would run a shell
+
+IMAGE_EXTENSIONS = ("png", "jpg", "jpeg", "webp")
+MANIFEST, TABLE = "manifest.json", "samples.parquet"
+REMEDY = "Restore the data with: vlv data download (own images: dvc checkout data.dvc)"
+
+
+class DataError(RuntimeError):
+    """Data that is not what its manifest says; the message names the file, the sample and the remedy."""
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A sample as read: `image` holds encoded bytes, `meta` the content of KEY.json."""
+
+    key: str
+    image: bytes
+    extension: str
+    caption: str | None
+    meta: dict[str, Any]
+
+
+class ShardEntry(Section):
+    """What the manifest says about one tar."""
+
+    name: str
+    sha256: str
+    bytes: int
+    samples: int
+
+
+class SplitEntry(Section):
+    """What the manifest says about one split; `table_sha256` is that of its samples.parquet."""
+
+    samples: int
+    shards: list[ShardEntry]
+    table_sha256: str
+
+
+class Manifest(Section):
+    """manifest.json: `source` records what the data was made from (compared before it is made again)."""
+
+    format: Literal[1] = 1
+    source: dict[str, Any]
+    splits: dict[str, SplitEntry]
+
+
+def read_manifest(data: Path) -> Manifest:
+    """Read manifest.json.
+
+    Raises:
+        DataError: there is none, or it is damaged.
+    """
+    path = data / MANIFEST
+    if not path.exists():
+        raise DataError(f"There is no {path}. Make the data with: vlv data download (or: vlv data import FOLDER)")
+    try:
+        return Manifest.model_validate(files.read_json(path))
+    except (ValidationError, ValueError) as error:
+        raise DataError(f"{path} is damaged: {error}. {REMEDY}") from error
+
+
+def scan_shard(path: Path) -> Iterator[Sample]:
+    """The samples of a tar, in file order, without a look at the manifest; nothing is decoded.
+
+    Raises:
+        DataError: at the point where the tar is damaged; the samples before it have been yielded.
+    """
+    last = "the start"
+    try:
+        # Our own stream, so that no file name is ever taken for a URL or a pattern.
+        with path.open("rb") as stream:
+            source = [{"url": str(path), "stream": stream}]
+            members = webdataset.tariterators.tar_file_expander(source)
+            for raw in webdataset.tariterators.group_by_keys(members):
+                sample = _sample(raw, path)
+                last = f"sample {sample.key}"
+                yield sample
+    except FileNotFoundError as error:
+        raise DataError(f"Shard {path} is missing. {REMEDY}") from error
+    except (tarfile.TarError, OSError, EOFError, ValueError) as error:
+        # webdataset appends the stream to the message, and stream and URL to the arguments
+        reason = str(error.args[0] if error.args else error).partition(" @ ")[0]
+        raise DataError(f"Shard {path} is damaged after {last}: {reason}. {REMEDY}") from error
+
+
+def _sample(raw: dict[str, Any], path: Path) -> Sample:
+    key = raw["__key__"]
+    found = [extension for extension in IMAGE_EXTENSIONS if extension in raw]
+    if len(found) != 1:
+        raise DataError(f"Shard {path}, sample {key}: {len(found)} images instead of one. {REMEDY}")
+    try:
+        meta: dict[str, Any] = json.loads(raw["json"]) if "json" in raw else {}
+        caption = raw["txt"].decode() if "txt" in raw else None
+        if not isinstance(meta, dict):
+            raise ValueError("the JSON holds no object")
+    except ValueError as error:
+        raise DataError(f"Shard {path}, sample {key}: damaged text or JSON ({error}). {REMEDY}") from error
+    return Sample(key, raw[found[0]], found[0], caption, meta)
+
+
+def read_shard(path: Path, expected: ShardEntry) -> list[Sample]:
+    """All samples of a shard that is what its manifest says (hashed once a process, and again if it changes).
+
+    Raises:
+        DataError: missing, another size or hash, damaged, or another number of samples.
+    """
+    _check_shard(path, expected)
+    samples = list(scan_shard(path))
+    if len(samples) != expected.samples:
+        raise DataError(f"Shard {path} has {len(samples)} samples, its manifest says {expected.samples}. {REMEDY}")
+    return samples
+
+
+def _check_shard(path: Path, expected: ShardEntry) -> None:
+    if not path.exists():
+        raise DataError(f"Shard {path} is missing. {REMEDY}")
+    status = path.stat()
+    if status.st_size != expected.bytes:
+        raise DataError(f"Shard {path} has {status.st_size} bytes, its manifest says {expected.bytes}. {REMEDY}")
+    digest = _hash_once(path, status.st_mtime_ns, status.st_ino)
+    if digest != expected.sha256:
+        raise DataError(f"Shard {path} has sha256 {digest}, its manifest says {expected.sha256}. {REMEDY}")
+
+
+@functools.cache
+def _hash_once(path: Path, _modified: int, _inode: int) -> str:
+    return files.sha256_file(path)
+
+
+def verify(data: Path, pointer: Path | None) -> None:
+    """Check every file against manifest.json and, where given, the whole folder against data.dvc; read-only.
+
+    Each file is hashed once.
+
+    Raises:
+        DataError: naming the first shard or table that differs, a file too many, or the folder.
+    """
+    manifest = read_manifest(data)
+    expected: dict[str, str] = {}
+    for name, split in manifest.splits.items():
+        expected[f"{name}/{TABLE}"] = split.table_sha256
+        expected |= {f"{name}/{shard.name}": shard.sha256 for shard in split.shards}
+    found = sorted(p.relative_to(data).as_posix() for p in data.rglob("*") if p.is_file())
+    missing = sorted(set(expected) - set(found))
+    if missing:
+        raise DataError(f"{data / missing[0]} is missing ({len(missing)} of {len(expected)} files are). {REMEDY}")
+    strange = sorted(set(found) - set(expected) - {MANIFEST})
+    if strange:
+        raise DataError(f"{data / strange[0]} is not in the manifest. Remove it, or: vlv data download")
+    with ThreadPoolExecutor(4) as pool:
+        hashes = dict(zip(found, pool.map(lambda name: dvc_pointer.hash_file(data / name), found), strict=True))
+    for name, digest in expected.items():
+        if hashes[name].sha256 != digest:
+            raise DataError(f"{data / name} has sha256 {hashes[name].sha256}, its manifest says {digest}. {REMEDY}")
+    if pointer is not None:
+        problem = dvc_pointer.compare(pointer, {name: both.md5 for name, both in hashes.items()})
+        if problem:
+            raise DataError(
+                f"{data} is not the version that {pointer} pins: {problem}. {REMEDY}. "
+                f"If the change is meant, pin it with: dvc add {data.name}"
+            )

@@ -1,0 +1,118 @@
+"""Where data/ comes from: emoji scenes drawn on the spot, or a folder of own images (vlv.data.folder).
+
+Both write the same shards. Equal input gives equal bytes, so that data.dvc can pin a folder that is nowhere
+stored and made again on each machine.
+"""
+
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, get_args
+
+import numpy as np
+
+from vlv import assets, config, files, images, scenes
+from vlv.data import shards, writer
+from vlv.data.folder import import_folder as import_folder
+from vlv.data.shards import DataError, Manifest
+from vlv.data.writer import Progress, Record
+
+logger = logging.getLogger(__name__)
+
+# Raise it when vlv.scenes draws or writes differently: data made before is then made again.
+_SCENES_VERSION = 1
+
+
+def materialise(wanted: config.Data, paths: config.Paths, data: Path, progress: Progress | None = None) -> Manifest:
+    """Make `data` as the configuration says, unless it is there already and intact. Swapped in as a whole.
+
+    Imported images cannot be made: they are only verified.
+
+    Raises:
+        DataError: imported images that are missing, damaged, or were cut to another size.
+        AssetError: the sprites cannot be had.
+    """
+    source = _describe(wanted)
+    if isinstance(wanted.source, config.ImportedSource):
+        return _imported(data, source)
+    try:
+        manifest = shards.read_manifest(data)
+        if {key: manifest.source.get(key) for key in source} == source:
+            shards.verify(data, None)
+            return manifest
+        logger.info("%s was made with other settings: making it again", data)
+    except DataError as error:
+        if data.exists():
+            logger.info("Making %s again: %s", data, error)
+    return _draw_all(wanted, wanted.source, paths, data, progress)
+
+
+def _describe(wanted: config.Data) -> dict[str, Any]:
+    """What decides the bytes of the data."""
+    sizes = {"image_size": wanted.image_size, "shard_size": wanted.shard_size}
+    if isinstance(wanted.source, config.ImportedSource):
+        return {"kind": "imported"} | sizes
+    return wanted.source.model_dump() | sizes | {"version": _SCENES_VERSION}
+
+
+def _imported(data: Path, source: dict[str, Any]) -> Manifest:
+    manifest = shards.read_manifest(data)
+    for key, value in source.items():
+        if manifest.source.get(key) != value:
+            raise DataError(
+                f"{data} has {key} {manifest.source.get(key)!r}, but params.yaml says {value!r}. "
+                "Import the images again: vlv data import FOLDER"
+            )
+    shards.verify(data, None)
+    return manifest
+
+
+def _draw_all(
+    wanted: config.Data,
+    source: config.ScenesSource,
+    paths: config.Paths,
+    data: Path,
+    progress: Progress | None,
+) -> Manifest:
+    sprites = assets.resolve(source.sprites, paths)
+    painter = scenes.Painter(sprites)
+    with files.atomic_folder(data) as folder:
+        splits = {}
+        for index, split in enumerate(get_args(scenes.Split)):
+            count: int = getattr(source, split)
+            rng = np.random.default_rng([source.seed, index])
+            records = _draw(split, count, rng, painter, wanted.image_size, progress)
+            splits[split] = writer.write_split(folder / split, records, wanted.shard_size)
+        about = _describe(wanted) | {"sprites_sha256": assets.describe(source.sprites, sprites)["sha256"]}
+        manifest = Manifest(source=about, splits=splits)
+        writer.write_manifest(folder, manifest)
+    return manifest
+
+
+def _draw(
+    split: scenes.Split,
+    count: int,
+    rng: np.random.Generator,
+    painter: scenes.Painter,
+    size: int,
+    progress: Progress | None,
+) -> Iterator[Record]:
+    """`count` scenes of different specifications; a smaller count gives the first ones of a larger."""
+    drawn = scenes.specifications(split, rng, unique=True)
+    for number in range(count):
+        scene = next(drawn)
+        pixels = images.resize_crop(painter.draw(scene, rng), size)
+        height, width = pixels.shape[:2]
+        yield Record(
+            url=f"scene:{split}/{number}",
+            image=images.encode_png(pixels),
+            caption=scenes.write_caption(scene, rng),
+            width=width,
+            height=height,
+            original_width=scenes.SIZE,
+            original_height=scenes.SIZE,
+            mode="RGB",
+            meta={"scene": scene.to_json(), "novel_pair": scenes.has_held_out_pair(scene)},
+        )
+        if progress is not None and ((number + 1) % 500 == 0 or number + 1 == count):
+            progress(split, number + 1, count)

@@ -1,0 +1,1 @@
+"""Evaluation: captions counted against the known truth, reconstructions against ceilings and floors."""

@@ -1,0 +1,1 @@
+"""The models: vision encoder, frozen text-to-image decoder, auto-encoder, captioner."""

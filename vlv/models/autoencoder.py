@@ -1,0 +1,139 @@
+"""The auto-encoder of Stage 1: image -> caption embeddings -> frozen diffusion decoder -> the same image."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from vlv import config, images
+from vlv.config import Config, Paths
+from vlv.models import folder as folders
+from vlv.models import pretrained
+from vlv.models.decoder import StableDiffusionDecoder
+from vlv.models.encoder import CaptionEncoder
+
+KIND = "autoencoder"
+PARTS = ["encoder", "decoder"]
+
+
+@dataclass(frozen=True)
+class Stage1Batch:
+    """What Stage 1 needs of B images, in one of two forms each.
+
+    Attributes:
+        images: (B, 3, H, W) uint8; None where features and latents are cached.
+        features: vision tower's (B, T, D), if cached.
+        latent_mean, latent_spread: the VAE's (B, c, h, w), if cached.
+    """
+
+    images: torch.Tensor | None
+    features: torch.Tensor | None = None
+    latent_mean: torch.Tensor | None = None
+    latent_spread: torch.Tensor | None = None
+
+
+class Autoencoder(nn.Module):
+    """Encoder and frozen decoder; its forward is the Stage 1 loss.
+
+    Args:
+        settings: how the loss is drawn; None for a model that only reconstructs.
+    """
+
+    def __init__(
+        self, encoder: CaptionEncoder, decoder: StableDiffusionDecoder, settings: config.Stage1 | None = None
+    ) -> None:
+        super().__init__()
+        self.encoder, self.decoder = encoder, decoder.requires_grad_(False)
+        self.settings = settings
+
+    @property
+    def device(self) -> torch.device:
+        return self.encoder.queries.device
+
+    def forward(self, batch: Stage1Batch, generator: torch.Generator) -> torch.Tensor:
+        """Mean denoising loss; each image is encoded once and denoised `draws_per_image` times."""
+        assert self.settings is not None, "built without training settings"
+        features = batch.features.to(self.device) if batch.features is not None else self._features(batch)
+        context = self.decoder.condition(self.encoder(features.float()).float())
+        mean, spread = self._latents(batch)
+        draws = self.settings.draws_per_image
+        mean, spread, context = (x.repeat_interleave(draws, 0) for x in (mean, spread, context))
+        latents = mean + spread * torch.randn(mean.shape, generator=generator).to(mean)
+        return self.decoder.loss(
+            latents, context, generator, self.settings.timesteps, self.settings.loss, self.settings.same_noise
+        ).mean()
+
+    def _features(self, batch: Stage1Batch) -> torch.Tensor:
+        assert batch.images is not None
+        return self.encoder.features(batch.images)
+
+    @torch.no_grad()
+    def _latents(self, batch: Stage1Batch) -> tuple[torch.Tensor, torch.Tensor]:
+        if batch.latent_mean is not None and batch.latent_spread is not None:
+            return batch.latent_mean.to(self.device).float(), batch.latent_spread.to(self.device).float()
+        assert batch.images is not None
+        mean, spread = self.decoder.encode(batch.images)
+        return mean.float(), spread.float()
+
+    @torch.no_grad()
+    def context(self, batch: torch.Tensor) -> torch.Tensor:
+        """Images (B, 3, H, W) uint8 -> context (B, Q, C)."""
+        return self.decoder.condition(self.encoder(self.encoder.features(batch)).float())
+
+    def reconstruct(
+        self,
+        pictures: Sequence[images.Pixels],
+        steps: int = 50,
+        guidance: float = 2.0,
+        seed: int = 42,
+        batch_size: int = 50,
+    ) -> list[images.Pixels]:
+        """Draw pictures (H, W, 3) uint8 of any size anew from their embeddings, as (S, S, 3) uint8.
+
+        Picture i has seed `seed + i`, so that a picture's result does not depend on the batch size.
+        """
+        result: list[images.Pixels] = []
+        for i in range(0, len(pictures), batch_size):
+            squares = [images.resize_crop(p, self.decoder.image_size) for p in pictures[i : i + batch_size]]
+            seeds = [seed + i + k for k in range(len(squares))]
+            drawn = self.decoder.sample(self.context(images.to_batch(squares)), seeds, steps, guidance)
+            result += images.to_arrays(drawn)
+        return result
+
+    def save(self, folder: Path, settings: Config, paths: Paths, card: str) -> None:
+        """Write the trained tensors and the names of the frozen parts."""
+        learned = {n: p for n, p in self.encoder.named_parameters() if p.requires_grad}
+        folders.save(folder, KIND, settings, paths, PARTS, learned, card)
+
+    @staticmethod
+    def build(settings: Config, paths: Paths) -> "Autoencoder":
+        """Pretrained parts with new queries and projection, seeded by stage1.seed."""
+        torch.manual_seed(settings.stage1.seed)
+        decoder = pretrained.decoder(settings.decoder, paths)
+        encoder = build_encoder(settings, decoder.conditioner.width, paths)
+        encoder.set_learning(settings.stage1.learn)
+        return Autoencoder(encoder, decoder, settings.stage1)
+
+    @staticmethod
+    def load(folder: Path, paths: Paths | None = None) -> "Autoencoder":
+        """Strictly, from a folder that `save` or `folders.bundle` wrote.
+
+        Raises:
+            ModelFolderError: another kind of folder, other keys, or other pretrained parts.
+        """
+        saved = folders.read(folder, KIND)
+        root = folders.parts_root(folder, saved, paths or Paths(folder))
+        model = Autoencoder.build(saved.config, root)
+        learned = {n for n, p in model.encoder.named_parameters() if p.requires_grad}
+        folders.restore(model.encoder, learned, folder)
+        return model.requires_grad_(False).eval()
+
+
+def build_encoder(settings: Config, width: int, paths: Paths) -> CaptionEncoder:
+    """The encoder with new queries and projection, started on the text side where the configuration says so."""
+    statistics = None
+    if settings.encoder.start_on_text_side:
+        statistics = pretrained.text_statistics(settings.decoder, paths, settings.encoder.queries)
+    return pretrained.encoder(settings.encoder, width, paths, statistics)

@@ -1,0 +1,168 @@
+"""The captioner: context -> MLP -> prefix of a causal language model (paper section 3.3)."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from vlv import images
+from vlv.config import Config, Paths
+from vlv.models import folder as folders
+from vlv.models import pretrained
+from vlv.models.autoencoder import build_encoder
+from vlv.models.conditioner import TextConditioner
+from vlv.models.encoder import CaptionEncoder
+
+KIND = "captioner"
+PARTS = ["encoder", "decoder", "language_model"]
+
+IGNORED = -100  # label of positions without loss, as torch and transformers have it
+
+
+@dataclass(frozen=True)
+class Stage2Batch:
+    """Context (B, Q, C), token ids (B, T) and labels (B, T) of B image-caption pairs."""
+
+    context: torch.Tensor
+    ids: torch.Tensor
+    labels: torch.Tensor
+
+
+class Prefix(nn.Module):
+    """Norm, Linear-GELU-Linear and a position each: context (B, Q, C) -> prefix embeddings (B, Q, E)."""
+
+    def __init__(self, queries: int, inputs: int, hidden: int, outputs: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(inputs)
+        self.layers = nn.Sequential(nn.Linear(inputs, hidden), nn.GELU(), nn.Linear(hidden, outputs))
+        self.positions = nn.Parameter(torch.randn(1, queries, outputs) * 0.02)
+
+    def forward(self, context: torch.Tensor) -> torch.Tensor:
+        projected: torch.Tensor = self.layers(self.norm(context))
+        return projected + self.positions
+
+
+class Captioner(nn.Module):
+    """Encoder, conditioning and language model. Only prefix and (by choice) the language model learn.
+
+    Args:
+        conditioner: the text side of the frozen decoder, on the embeddings' way to the context.
+    """
+
+    def __init__(
+        self,
+        encoder: CaptionEncoder,
+        conditioner: TextConditioner,
+        prefix: Prefix,
+        language_model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        max_caption_tokens: int,
+    ) -> None:
+        super().__init__()
+        self.encoder, self.conditioner, self.prefix = encoder, conditioner, prefix
+        self.language_model, self.tokenizer = language_model, tokenizer
+        self.max_caption_tokens = max_caption_tokens
+
+    def set_learning(self, learn: str) -> None:
+        """mlp: the prefix; mlp+llm: the language model too. Encoder and conditioning stay frozen."""
+        self.requires_grad_(False)
+        self.prefix.requires_grad_(True)
+        if learn == "mlp+llm":
+            self.language_model.requires_grad_(True)
+
+    @torch.no_grad()
+    def context(self, batch: torch.Tensor) -> torch.Tensor:
+        """Images (B, 3, H, W) uint8 -> context (B, Q, C), without gradient."""
+        embeddings = self.encoder(self.encoder.features(batch))
+        return self.conditioner.condition(embeddings.float())
+
+    def forward(self, batch: Stage2Batch, generator: torch.Generator) -> torch.Tensor:
+        """Mean cross-entropy of the labelled tokens; draws nothing from `generator`.
+
+        Token t is predicted from the prefix and the tokens before it; the first one from the prefix alone.
+        Logits are computed only where there is a label.
+        """
+        device = self.prefix.positions.device
+        labels = batch.labels.to(device)
+        prefix = self.prefix(batch.context.to(device).float())
+        words = self.language_model.get_input_embeddings()(batch.ids.to(device))
+        states = self.language_model.base_model(
+            inputs_embeds=torch.cat([prefix.to(words.dtype), words], 1), use_cache=False
+        ).last_hidden_state
+        predicting = states[:, prefix.shape[1] - 1 : -1]
+        labelled = labels != IGNORED
+        logits = self.language_model.get_output_embeddings()(predicting[labelled])
+        return F.cross_entropy(logits.float(), labels[labelled])
+
+    @torch.no_grad()
+    def write(self, context: torch.Tensor | None, count: int = 1) -> list[str]:
+        """Captions for contexts (B, Q, C), greedy, each until its <eos>.
+
+        Without a context (None) the language model writes `count` captions alone: the floor without an image.
+        """
+        table = self.language_model.get_input_embeddings()
+        begin = self.tokenizer.bos_token_id
+        rows = count if context is None else len(context)
+        start = [] if begin is None else [table(torch.full((rows, 1), begin, device=table.weight.device))]
+        prefix = [] if context is None else [self.prefix(context).to(table.weight.dtype)]
+        inputs = torch.cat([*prefix, *start], 1)
+        written = self.language_model.generate(
+            inputs_embeds=inputs,
+            attention_mask=torch.ones(inputs.shape[:2], dtype=torch.long, device=inputs.device),
+            max_new_tokens=self.max_caption_tokens,
+            do_sample=context is None,
+            eos_token_id=self.tokenizer.eos_token_id,
+            pad_token_id=self.tokenizer.pad_token_id or self.tokenizer.eos_token_id,
+        )
+        return [text.strip() for text in self.tokenizer.batch_decode(written, skip_special_tokens=True)]
+
+    def caption(self, pictures: Sequence[images.Pixels], batch_size: int = 50) -> list[str]:
+        """Caption pictures, (H, W, 3) uint8 of any size: each is scaled and cropped to the encoder's square."""
+        result: list[str] = []
+        for i in range(0, len(pictures), batch_size):
+            squares = [images.resize_crop(p, self.encoder.image_size) for p in pictures[i : i + batch_size]]
+            result += self.write(self.context(images.to_batch(squares)))
+        return result
+
+    def save(self, folder: Path, settings: Config, paths: Paths, card: str) -> None:
+        """Write what both stages trained and the names of the frozen parts."""
+        folders.save(folder, KIND, settings, paths, PARTS, self._trained(settings), card)
+
+    def _trained(self, settings: Config) -> dict[str, nn.Parameter]:
+        """Parameters that Stage 1 or Stage 2 changed."""
+        self.encoder.set_learning(settings.stage1.learn)
+        by_stage_1 = {f"encoder.{n}": p for n, p in self.encoder.named_parameters() if p.requires_grad}
+        self.set_learning(settings.stage2.learn)
+        return by_stage_1 | {n: p for n, p in self.named_parameters() if p.requires_grad}
+
+    @staticmethod
+    def build(settings: Config, paths: Paths) -> "Captioner":
+        """Pretrained parts, a new encoder side and a new prefix, seeded by stage2.seed."""
+        torch.manual_seed(settings.stage2.seed)
+        conditioner = pretrained.conditioner(settings.decoder, paths)
+        encoder = build_encoder(settings, conditioner.width, paths)
+        language_model, tokenizer = pretrained.language_model(settings.language_model, paths)
+        width = language_model.get_input_embeddings().weight.shape[1]
+        hidden = settings.language_model.prefix_width
+        prefix = Prefix(settings.encoder.queries, conditioner.width, hidden, width)
+        tokens = settings.stage2.max_caption_tokens
+        captioner = Captioner(encoder, conditioner, prefix, language_model, tokenizer, tokens)
+        captioner.set_learning(settings.stage2.learn)
+        return captioner
+
+    @staticmethod
+    def load(folder: Path, paths: Paths | None = None) -> "Captioner":
+        """Strictly, from a folder that `save` or `folders.bundle` wrote.
+
+        Raises:
+            ModelFolderError: another kind of folder, other keys, or other pretrained parts.
+        """
+        saved = folders.read(folder, KIND)
+        root = folders.parts_root(folder, saved, paths or Paths(folder))
+        model = Captioner.build(saved.config, root)
+        folders.restore(model, set(model._trained(saved.config)), folder)
+        return model.requires_grad_(False).eval()

@@ -1,0 +1,160 @@
+"""The vision encoder: images -> caption embeddings (paper section 3.1).
+
+Florence-2 whose decoder reads learnable queries instead of words; its states, projected to the text encoder's
+width, are the caption embeddings.
+"""
+
+from pathlib import Path
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import Florence2ForConditionalGeneration, PreTrainedTokenizerBase
+
+from vlv import files, images
+
+Learn = Literal["language_model", "decoder_only", "all", "queries_only"]
+
+
+class Projection(nn.Module):
+    """Linear-GELU-Linear from Florence-2's width to the text side's; optionally started on the text side.
+
+    Args:
+        statistics: per-position mean and spread, each (Q, W), of what the text side takes. The projection's
+            output is then normalised and starts as `mean + gain * spread * normalised`, both learned on. From
+            anywhere else the frozen decoder ignores the embeddings at first, and training sits on a plateau.
+    """
+
+    def __init__(
+        self,
+        inputs: int,
+        hidden: int,
+        outputs: int,
+        statistics: tuple[torch.Tensor, torch.Tensor] | None = None,
+        gain: float = 0.5,
+    ) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(inputs, hidden), nn.GELU(), nn.Linear(hidden, outputs))
+        self.normalise = statistics is not None
+        if statistics is not None:
+            mean, spread = statistics
+            self.mean = nn.Parameter(mean.detach().clone().float())
+            self.spread = nn.Parameter(spread.detach().clone().float() * gain)
+
+    def forward(self, states: torch.Tensor) -> torch.Tensor:
+        """(B, Q, inputs) -> (B, Q, outputs)."""
+        projected: torch.Tensor = self.layers(states)
+        if not self.normalise:
+            return projected
+        normalised = F.layer_norm(projected.float(), projected.shape[-1:])
+        return self.mean + self.spread * normalised
+
+
+class CaptionEncoder(nn.Module):
+    """Florence-2 with learnable queries and a projection.
+
+    Args:
+        florence: the pretrained model.
+        prompt_ids: ids of the task prompt that follows the image features; may be empty.
+        image_size: pixels, side of the vision tower's input.
+        mean, std: the image processor's, three channels, for pixels in [0, 1].
+    """
+
+    mean: torch.Tensor
+    std: torch.Tensor
+    prompt_ids: torch.Tensor
+
+    def __init__(
+        self,
+        florence: Florence2ForConditionalGeneration,
+        prompt_ids: list[int],
+        image_size: int,
+        mean: list[float],
+        std: list[float],
+        *,
+        queries: int,
+        projection: Projection,
+    ) -> None:
+        super().__init__()
+        self.florence = florence
+        self.image_size = image_size
+        width = florence.config.text_config.d_model
+        self.queries = nn.Parameter(torch.randn(1, queries, width) * 0.5)
+        self.projection = projection
+        self.register_buffer("prompt_ids", torch.tensor(prompt_ids, dtype=torch.long), persistent=False)
+        self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1), persistent=False)
+
+    def set_learning(self, learn: Learn) -> None:
+        """Choose what learns; everything else is frozen.
+
+        language_model: BART encoder and decoder, queries, projection (the released script's choice);
+        decoder_only: BART decoder, queries, projection; all: the vision tower too; queries_only: queries and
+        projection. Word embeddings learn only where a prompt uses them, the word head never (nothing reads it).
+        """
+        self.requires_grad_(False)
+        language = self.florence.model.language_model
+        match learn:
+            case "all":
+                self.florence.requires_grad_(True)
+            case "language_model":
+                language.requires_grad_(True)
+            case "decoder_only":
+                language.decoder.requires_grad_(True)
+        words = len(self.prompt_ids) > 0 and learn in ("all", "language_model")
+        self.florence.get_input_embeddings().requires_grad_(words)
+        if not words:
+            self.florence.lm_head.requires_grad_(False)
+        self.queries.requires_grad_(True)
+        self.projection.requires_grad_(True)
+
+    def features(self, batch: torch.Tensor) -> torch.Tensor:
+        """Images (B, 3, H, W) uint8 -> the vision tower's projected features (B, T, D)."""
+        pixels = batch.to(self.queries.device)
+        if pixels.shape[-1] != self.image_size:
+            size = (self.image_size, self.image_size)
+            resized = F.interpolate(pixels.float(), size, mode="bicubic", antialias=True)
+            pixels = resized.round().clamp(0, 255).to(torch.uint8)
+        normalised = ((images.to_model(pixels) + 1) / 2 - self.mean) / self.std
+        tower_dtype = next(self.florence.model.vision_tower.parameters()).dtype
+        features: torch.Tensor = self.florence.model.get_image_features(normalised.to(tower_dtype)).pooler_output
+        return features
+
+    def encode(self, features: torch.Tensor) -> torch.Tensor:
+        """Features (B, T, D) -> BART encoder states (B, T + P, D), prompt of P words appended."""
+        states = features
+        if len(self.prompt_ids):
+            words = self.florence.get_input_embeddings()(self.prompt_ids)
+            states = torch.cat([states, words.expand(len(states), -1, -1).to(states.dtype)], 1)
+        encoded: torch.Tensor = self.florence.model.language_model.encoder(inputs_embeds=states).last_hidden_state
+        return encoded
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        """Features (B, T, D) -> caption embeddings (B, Q, W)."""
+        encoded = self.encode(features)
+        decoded = self.florence.model.language_model.decoder(
+            inputs_embeds=self.queries.to(encoded.dtype).expand(len(encoded), -1, -1),
+            encoder_hidden_states=encoded,
+            use_cache=False,
+        ).last_hidden_state
+        embeddings: torch.Tensor = self.projection(decoded)
+        return embeddings
+
+
+def processor_statistics(folder: Path) -> tuple[list[float], list[float]]:
+    """Mean and std of `folder`/preprocessor_config.json; ImageNet's (Florence-2's own) if it has none."""
+    path = folder / "preprocessor_config.json"
+    if not path.exists():
+        return [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
+    config = files.read_json(path)
+    return config["image_mean"], config["image_std"]
+
+
+def tokenize_prompt(tokenizer: PreTrainedTokenizerBase | None, prompt: str) -> list[int]:
+    """Ids of the prompt with the tokenizer's own special tokens; none for an empty prompt."""
+    if not prompt:
+        return []
+    if tokenizer is None:
+        raise ValueError("encoder.prompt is set, but the pretrained encoder has no tokenizer")
+    return list(tokenizer(prompt)["input_ids"])

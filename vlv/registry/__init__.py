@@ -1,0 +1,47 @@
+"""The model registry: versions with their lineage, the gates to `champion`, and the history of champions."""
+
+from vlv.registry.lineage import lineage
+from vlv.registry.policy import Policy, PolicyError, load_policy
+from vlv.registry.promotion import (
+    HistoryEntry,
+    Promotion,
+    PromotionRefused,
+    history,
+    promote,
+    rollback,
+)
+from vlv.registry.versions import (
+    AUTOENCODER,
+    CAPTIONER,
+    CHALLENGER,
+    CHAMPION,
+    RegistryError,
+    Served,
+    Version,
+    fetch,
+    list_models,
+    register,
+)
+
+__all__ = [
+    "AUTOENCODER",
+    "CAPTIONER",
+    "CHALLENGER",
+    "CHAMPION",
+    "HistoryEntry",
+    "Policy",
+    "PolicyError",
+    "Promotion",
+    "PromotionRefused",
+    "RegistryError",
+    "Served",
+    "Version",
+    "fetch",
+    "history",
+    "lineage",
+    "list_models",
+    "load_policy",
+    "promote",
+    "register",
+    "rollback",
+]

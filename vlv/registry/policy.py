@@ -1,0 +1,130 @@
+"""What a model must show before it is promoted: mlflow/policy.yaml, one section for each profile.
+
+Figures are those of metrics/evaluate.json under dotted keys ("scenes.exact_match").
+"""
+
+from collections.abc import Mapping
+from typing import Literal
+
+import yaml
+from pydantic import Field, TypeAdapter, ValidationError, model_validator
+
+from vlv.config import Paths, Section
+
+Gate = Literal["thresholds", "champion", "data", "serving", "git"]
+Figures = Mapping[str, float]
+
+
+class PolicyError(ValueError):
+    """mlflow/policy.yaml cannot be used; the message names the key and the remedy."""
+
+
+class Limit(Section):
+    """Bounds of one figure, inclusive. With `relative_to` they are shares of that other figure."""
+
+    min: float | None = None
+    max: float | None = None
+    relative_to: str | None = None
+
+    @model_validator(mode="after")
+    def _check(self) -> "Limit":
+        if self.min is None and self.max is None:
+            raise ValueError("a limit needs min or max")
+        return self
+
+
+class Comparison(Section):
+    """How one figure is compared with the champion's."""
+
+    better: Literal["higher", "lower"]
+    tolerance: float = Field(ge=0.0, description="how much worse than the champion is still accepted")
+
+
+class VersusChampion(Section):
+    """Comparison with the champion, which is fair on the same evaluation set only."""
+
+    other_evaluation_set: Literal["refuse", "allow"] = Field(
+        description="what to do where the champion was evaluated on other samples: refuse, or let the "
+        "thresholds alone decide and say so in the history"
+    )
+    figures: dict[str, Comparison]
+
+
+class Policy(Section):
+    """One profile's section."""
+
+    gates: list[Gate] = Field(description="the gates that are run, in this order")
+    thresholds: dict[str, Limit] = Field(default_factory=dict)
+    champion: VersusChampion | None = None
+
+    @model_validator(mode="after")
+    def _check(self) -> "Policy":
+        if "champion" in self.gates and self.champion is None:
+            raise ValueError("the gate 'champion' needs the section 'champion'")
+        if "thresholds" in self.gates and not self.thresholds:
+            raise ValueError("the gate 'thresholds' needs the section 'thresholds'")
+        return self
+
+
+def load_policy(paths: Paths, profile: str) -> Policy:
+    """The section of a profile, or `default` where it has none.
+
+    Raises:
+        PolicyError: no such file, no fitting section, or a section that is not valid.
+    """
+    path = paths.root / "mlflow" / "policy.yaml"
+    if not path.exists():
+        raise PolicyError(f"{path} does not exist. Restore it from git: it says what a champion must show.")
+    try:
+        sections = TypeAdapter(dict[str, Policy]).validate_python(yaml.safe_load(path.read_text("utf-8")))
+    except yaml.YAMLError as error:
+        raise PolicyError(f"{path} is not valid YAML: {error}") from error
+    except ValidationError as error:
+        lines = [f"  {'.'.join(map(str, one['loc'])) or '(whole file)'}: {one['msg']}" for one in error.errors()]
+        raise PolicyError(f"{path} has {len(lines)} error(s):\n" + "\n".join(lines)) from error
+    found = sections.get(profile) or sections.get("default")
+    if found is None:
+        raise PolicyError(f"{path} has neither a section {profile!r} nor 'default'.")
+    return found
+
+
+def below_thresholds(policy: Policy, figures: Figures, champion: Figures | None) -> list[str]:
+    """One sentence for each threshold that is not met."""
+    failures = []
+    for key, limit in policy.thresholds.items():
+        base = 1.0 if limit.relative_to is None else figures.get(limit.relative_to)
+        value = figures.get(key)
+        if value is None or base is None:
+            missing = key if value is None else limit.relative_to
+            failures.append(f"{missing} is not among the version's figures")
+            continue
+        share = "" if limit.relative_to is None else f" of {limit.relative_to} {base:.4g}"
+        known = "" if champion is None or key not in champion else f"; the champion has {champion[key]:.4g}"
+        # "not >=" rather than "<": a NaN meets nothing.
+        if limit.min is not None and not value >= limit.min * base:
+            failures.append(f"{key} is {value:.4g}, at least {limit.min:.4g}{share} is asked for{known}")
+        if limit.max is not None and not value <= limit.max * base:
+            failures.append(f"{key} is {value:.4g}, at most {limit.max:.4g}{share} is asked for{known}")
+    return failures
+
+
+def worse_than_champion(policy: Policy, figures: Figures, champion: Figures) -> list[str]:
+    """One sentence for each figure that falls behind the champion's by more than its tolerance."""
+    failures = []
+    for key, comparison in policy.champion.figures.items() if policy.champion else ():
+        if key not in champion:
+            continue  # the champion was never measured in this
+        value, theirs = figures.get(key), champion[key]
+        if value is None:
+            failures.append(f"{key} is not among the version's figures; the champion has {theirs:.4g}")
+            continue
+        if comparison.better == "higher":
+            limit, met, word = theirs - comparison.tolerance, value >= theirs - comparison.tolerance, "least"
+        else:
+            limit, met, word = theirs + comparison.tolerance, value <= theirs + comparison.tolerance, "most"
+        if not met:
+            failures.append(
+                f"{key} is {value:.4g}, at {word} {limit:.4g} is asked for; the champion has {theirs:.4g} "
+                f"(tolerance {comparison.tolerance:.4g})"
+            )
+    return failures

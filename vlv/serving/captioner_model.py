@@ -1,0 +1,30 @@
+"""How MLflow serves a captioner: column "image" (base64 of any image file) -> column "caption"."""
+
+import base64
+from pathlib import Path
+from typing import Any
+
+import mlflow
+import pandas as pd
+from mlflow.pyfunc import PythonModel, PythonModelContext
+
+
+class CaptionerModel(PythonModel):
+    """One caption a row; an unreadable image is an error that names its row."""
+
+    def load_context(self, context: PythonModelContext) -> None:
+        from vlv.models.captioner import Captioner
+
+        self.captioner = Captioner.load(Path(context.artifacts["model"]))
+
+    def predict(
+        self, context: PythonModelContext, model_input: pd.DataFrame, params: dict[str, Any] | None = None
+    ) -> pd.DataFrame:
+        from vlv import images
+
+        rows = enumerate(model_input["image"])
+        pictures = [images.decode(base64.b64decode(text), f"row {row}") for row, text in rows]
+        return pd.DataFrame({"caption": self.captioner.caption(pictures)})
+
+
+mlflow.models.set_model(CaptionerModel())

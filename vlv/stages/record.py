@@ -1,0 +1,82 @@
+"""What a training stage leaves besides its model: curve, figures, plot, and its MLflow run."""
+
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from vlv import files, tracking
+from vlv.config import Config, Paths, Training
+from vlv.data import shards
+from vlv.evaluation import report
+
+
+class Record:
+    """Where one training stage writes.
+
+    Attributes:
+        model: the finished model's folder (a DVC output).
+        training: checkpoints and curve of this very training (its fingerprint is in the name, so that
+            another configuration starts anew); removed when the stage is finished.
+        figures: what goes to metrics/STAGE.json.
+    """
+
+    def __init__(self, stage: str, paths: Paths, fingerprint: str) -> None:
+        self.stage, self.paths = stage, paths
+        self.folder = paths.work / stage
+        self.model = self.folder / "model"
+        self.training = self.folder / f"training-{fingerprint[:12]}"
+        self.figures: dict[str, Any] = {}
+
+    def result(self) -> dict[str, Any]:
+        """The figures as written."""
+        figures: dict[str, Any] = files.read_json(self.paths.metrics / f"{self.stage}.json")
+        return figures
+
+
+@contextmanager
+def training_record(
+    record: Record, settings: Config, training: Training
+) -> Iterator[Callable[[int, dict[str, float]], None]]:
+    """An MLflow run around a training; yields what the loop calls with its curve.
+
+    At the end the curve goes to plots/STAGE.csv and .png, the figures to metrics/STAGE.json, all of it and the
+    model to the run, and the checkpoints are removed.
+    """
+    curve = record.training / "curve.jsonl"
+    with tracking.start_run(record.paths, record.stage, resume_file=record.training / "run.json") as run:
+        run.log_params(settings.model_dump(mode="json", by_alias=True))
+        log_data(run, record.paths)
+
+        def on_log(step: int, values: dict[str, float]) -> None:
+            files.append_json_line(curve, {"step": step, **values})
+            run.log_metrics(values, step)
+
+        yield on_log
+        # A resumed training may have logged some steps twice: the last word counts.
+        rows = list({row["step"]: row for row in files.read_json_lines(curve)}.values())
+        last = rows[-max(1, len(rows) // 20) :]
+        seconds = sum(training.log_every * training.batch_size / row["samples_per_second"] for row in rows)
+        record.figures |= {
+            "steps": training.steps,
+            "samples": training.steps * training.batch_size,
+            "final_loss": round(sum(row["loss"] for row in last) / len(last), 5),
+            "training_seconds": round(seconds, 1),
+        }
+        files.write_json(record.paths.metrics / f"{record.stage}.json", record.figures)
+        report.write_curve(rows, record.paths.plots / f"{record.stage}.csv")
+        report.plot_curve(rows, record.stage, record.paths.plots / f"{record.stage}.png")
+        run.log_artifact(record.paths.plots / f"{record.stage}.png")
+        run.log_artifact(record.model, "model")
+        run.log_metrics({k: float(v) for k, v in record.figures.items()}, training.steps)
+    for old in record.folder.glob("training-*"):
+        shutil.rmtree(old)
+
+
+def log_data(run: tracking.Run, paths: Paths) -> None:
+    """Name the data of a run: digest of the manifest, source and counts."""
+    manifest = shards.read_manifest(paths.data)
+    digest = files.sha256_file(paths.data / "manifest.json")
+    counts = {name: split.samples for name, split in manifest.splits.items()}
+    run.log_dataset("data", digest, str(Path("data")), counts)

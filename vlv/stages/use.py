@@ -1,0 +1,116 @@
+"""Using what was trained: caption a folder of images, reconstruct a folder of images."""
+
+import json
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from vlv import files, images
+from vlv.config import Paths
+from vlv.evaluation.reconstruct import psnr
+from vlv.models.autoencoder import Autoencoder
+from vlv.models.captioner import Captioner
+from vlv.progress import meter
+
+log = logging.getLogger(__name__)
+
+_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
+_TOGETHER = 16
+
+
+class NoImagesError(ValueError):
+    """A folder without images."""
+
+
+def find_images(folder: Path) -> list[Path]:
+    """Image files in `folder` and below, sorted; a single file stands for itself.
+
+    Raises:
+        NoImagesError: no such folder, or none in it.
+    """
+    if not folder.exists():
+        raise NoImagesError(f"{folder} does not exist")
+    found = [folder] if folder.is_file() else sorted(p for p in folder.rglob("*") if p.suffix.lower() in _SUFFIXES)
+    if not found:
+        raise NoImagesError(f"{folder} holds no image ({', '.join(sorted(_SUFFIXES))})")
+    return found
+
+
+def _readable(found: list[Path], unreadable: dict[str, str]) -> Iterator[tuple[Path, images.Pixels]]:
+    for path in found:
+        try:
+            yield path, images.decode(path.read_bytes(), str(path))
+        except (images.ImageError, OSError) as error:
+            unreadable[str(path)] = str(error)
+            log.warning("left out: %s", error)
+
+
+def caption_folder(folder: Path, output: Path, model: Path, paths: Paths) -> dict[str, Any]:
+    """Caption every image; `output` becomes {"image1.jpg": "..."} with names relative to `folder`.
+
+    Captions go to `output`.partial as they are written, so that a killed run goes on where it was.
+    Returns the numbers: written, left out (with reasons), taken from an earlier run.
+    """
+    found = find_images(folder)
+    root = folder if folder.is_dir() else folder.parent
+    partial = output.with_name(output.name + ".partial")
+    done: dict[str, str] = {row["image"]: row["caption"] for row in files.read_json_lines(partial)}
+    todo = [path for path in found if path.relative_to(root).as_posix() not in done]
+    earlier = len(done)
+    captioner = Captioner.load(model, paths)
+    unreadable: dict[str, str] = {}
+    waiting: list[tuple[Path, images.Pixels]] = []
+
+    def write() -> None:
+        captions = captioner.caption([pixels for _, pixels in waiting])
+        for (path, _), caption in zip(waiting, captions, strict=True):
+            name = path.relative_to(root).as_posix()
+            files.append_json_line(partial, {"image": name, "caption": caption})
+            done[name] = caption
+        progress.advance(len(waiting))
+        waiting.clear()
+
+    with meter("Captioning", len(todo)) as progress:
+        for item in _readable(todo, unreadable):
+            waiting.append(item)
+            if len(waiting) == _TOGETHER:
+                write()
+        if waiting:
+            write()
+    files.write_text(output, json.dumps(dict(sorted(done.items())), indent=2, ensure_ascii=False) + "\n")
+    partial.unlink(missing_ok=True)
+    return {"captioned": len(done), "earlier": earlier, "unreadable": unreadable}
+
+
+def reconstruct_folder(
+    folder: Path, output: Path, model: Path, paths: Paths, size: int | None, guidance: float, steps: int, seed: int
+) -> dict[str, Any]:
+    """Reconstruct every image into `output`: NAME.png, side-by-side/NAME.png and figures.json.
+
+    `size` (pixels): side of the pictures that are written; None: what the decoder draws. Seeds count up from
+    `seed` in the images' sorted order.
+    """
+    found = find_images(folder)
+    root = folder if folder.is_dir() else folder.parent
+    autoencoder = Autoencoder.load(model, paths)
+    side = size or autoencoder.decoder.image_size
+    unreadable: dict[str, str] = {}
+    figures: dict[str, float] = {}
+    with meter("Reconstructing", len(found)) as progress:
+        for i, (path, pixels) in enumerate(_readable(found, unreadable)):
+            drawn = autoencoder.reconstruct([pixels], steps, guidance, seed + i)[0]
+            drawn, square = images.resize_crop(drawn, side), images.resize_crop(pixels, side)
+            name = path.relative_to(root).with_suffix(".png")
+            files.write_bytes(output / name, images.encode_png(drawn))
+            pair = images.grid([[square, drawn]], tile=max(side, 128))
+            files.write_bytes(output / "side-by-side" / name, images.encode_png(pair))
+            figures[path.relative_to(root).as_posix()] = round(psnr([drawn], [square]), 3)
+            progress.advance()
+    mean = round(sum(figures.values()) / len(figures), 3) if figures else None
+    result = {
+        "psnr_mean": mean, "psnr": figures, "guidance": guidance, "steps": steps, "seed": seed, "size": side,
+        "unreadable": unreadable,
+    }  # fmt: skip
+    files.write_json(output / "figures.json", result)
+    return result

@@ -1,0 +1,25 @@
+"""Validation: hold data/ to its gate before anything is trained on it."""
+
+from typing import Any
+
+from vlv import files, tracking
+from vlv.config import Config, Paths
+from vlv.data import expectations
+
+
+def run(settings: Config, paths: Paths) -> dict[str, Any]:
+    """Check every shard and sample; the verdict is written before a failure is raised.
+
+    Raises:
+        DataError: the gate is not met; the message names what and where.
+    """
+    verdict = expectations.validate(paths.data, settings.data.gate)
+    result: dict[str, Any] = verdict.model_dump(mode="json")
+    files.write_json(paths.metrics / "validate.json", result)
+    summary = paths.work / "validate" / "summary.md"
+    files.write_text(summary, expectations.summary_markdown(verdict))
+    with tracking.start_run(paths, "validate", system_metrics=False) as run_:
+        run_.log_artifact(summary)
+        run_.log_metrics({"success": float(verdict.success), "failures": float(len(verdict.failures))})
+    verdict.check()
+    return result
