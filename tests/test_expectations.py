@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from conftest import tiny
+from tests.conftest import tiny
 from vlv import files
 from vlv.data import expectations, shards, writer
 from vlv.data.expectations import Verdict

@@ -28,7 +28,9 @@ def test_every_form_of_caption_reads_back_also_through_the_tokenizer() -> None:
 
 def test_a_wrong_or_repeated_object_counts_against_precision() -> None:
     true = scenes.read_caption("The background is pink. A dog is at the center.")
-    read = scenes.read_caption("The background is pink. A dog is at the center. A dog is at the top left. A unicorn flies.")
+    read = scenes.read_caption(
+        "The background is pink. A dog is at the center. A dog is at the top left. A unicorn flies."
+    )
     figures = score([read], [true])
     assert figures.object_recall == 1 and figures.object_precision == 1 / 3 and figures.exact_match == 0
 

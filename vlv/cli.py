@@ -84,7 +84,7 @@ def _terminated(_number: int, _frame: FrameType | None) -> None:
     raise SystemExit(128 + signal.SIGTERM)  # 143: context managers close, MLflow runs end as KILLED
 
 
-_Images = Annotated[Path, typer.Argument(metavar="DIR", help="Folder of images.", exists=True, file_okay=False)]
+_Images = Annotated[Path, typer.Argument(metavar="DIR", help="Folder of images, or one image.", exists=True)]
 _Model = Annotated[str | None, typer.Option(help="models:/NAME@ALIAS or a folder; default: the champion.")]
 
 
@@ -92,7 +92,6 @@ class Part(StrEnum):
     """A part of the tiny profile that is pretrained here."""
 
     recogniser = "recogniser"
-    vae = "vae"
     teacher = "teacher"
     encoder = "encoder"
     lm = "lm"
@@ -127,12 +126,15 @@ def run(
 @app.command()
 def pretrain(
     part: Annotated[Part, typer.Argument(help="Which of the tiny profile's parts.")],
-    minutes: Annotated[float | None, typer.Option(min=0, help="Time to spend; default: the recipe's.")] = None,
 ) -> None:
-    """Make one of the tiny profile's pretrained parts from scratch, into pretrained/tiny/."""
+    """Make one of the tiny profile's pretrained parts from scratch, into pretrained/tiny/, and say how good it is.
+
+    [dim]vlv pretrain encoder[/]
+    """
     from vlv import pretraining
 
-    pretraining.run(part.value, Paths.find(), minutes=minutes)
+    for name, value in pretraining.run(part.value, Paths.find()).items():
+        typer.echo(f"{name} {value:.4g}")
 
 
 @app.command()
@@ -145,9 +147,9 @@ def caption(
 
     [dim]vlv caption photos -o captions.json[/]
     """
-    from vlv import stages
+    from vlv.stages import use
 
-    report = stages.caption_folder(Paths.find(), folder, output, model=model)
+    report = use.caption_folder(Paths.find(), folder, output, model=model)
     typer.echo(f"{report.done} captions in {output}")
     _name_failures(report.failed)
 
@@ -166,9 +168,9 @@ def reconstruct(
 
     [dim]vlv reconstruct photos -o reconstructed --steps 20[/]
     """
-    from vlv import stages
+    from vlv.stages import use
 
-    report = stages.reconstruct_folder(
+    report = use.reconstruct_folder(
         Paths.find(), folder, output, size=size, guidance=guidance, steps=steps, seed=seed, model=model
     )
     typer.echo(f"{report.done} reconstructions in {output}")

@@ -65,7 +65,10 @@ class ShardCache:
                 samples = shards.read_shard(data / self._split / entry.name, entry)
                 parts: list[Mapping[str, torch.Tensor]] = []
                 for i in range(0, len(samples), batch_size):
-                    pixels = [images.decode(s.image, f"sample {s.key}") for s in samples[i : i + batch_size]]
+                    pixels = [
+                        images.decode(s.image, f"shard {entry.name}, sample {s.key}")
+                        for s in samples[i : i + batch_size]
+                    ]
                     with torch.no_grad():
                         computed = compute(images.to_batch(pixels))
                     parts.append({name: t.to("cpu", torch.bfloat16) for name, t in computed.items()})

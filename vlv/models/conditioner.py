@@ -19,7 +19,7 @@ class TextConditioner(nn.Module):
     """
 
     def __init__(
-        self, text_encoder: CLIPTextModel, tokenizer: PreTrainedTokenizerBase, *, use_text_encoder: bool
+        self, text_encoder: CLIPTextModel, tokenizer: PreTrainedTokenizerBase | None, *, use_text_encoder: bool
     ) -> None:
         super().__init__()
         self.text_encoder, self.tokenizer = text_encoder, tokenizer
@@ -43,7 +43,13 @@ class TextConditioner(nn.Module):
         return self._encode(input_ids=self.tokenize(prompts))
 
     def tokenize(self, prompts: Sequence[str]) -> torch.Tensor:
-        """Prompts -> ids (B, T), padded to the text encoder's full length."""
+        """Prompts -> ids (B, T), padded to the text encoder's full length.
+
+        Raises:
+            ValueError: built from an architecture without a tokenizer.
+        """
+        if self.tokenizer is None:
+            raise ValueError("this text encoder came without a tokenizer, so it can read no prompt")
         length = self.text_encoder.config.max_position_embeddings
         encoded = self.tokenizer(
             list(prompts), padding="max_length", truncation=True, max_length=length, return_tensors="pt"

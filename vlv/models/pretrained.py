@@ -22,6 +22,7 @@ from transformers import (
     Florence2ForConditionalGeneration,
     PreTrainedModel,
     PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
 )
 
 from vlv import assets, config
@@ -69,6 +70,10 @@ def _diffusers(cls: Any, folder: Path, name: str, weights: config.Weights) -> An
         ).eval()
 
 
+# `.float()` below: a configuration also carries the dtype its weights were shipped in, and new weights would be
+# made in half precision.
+
+
 def _attention() -> str:
     # On a CPU the flash kernel's backward for small heads costs more than the plain products.
     return "sdpa" if torch.cuda.is_available() else "eager"
@@ -77,7 +82,10 @@ def _attention() -> str:
 def tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     """The tokenizer in `folder`."""
     with _building("tokenizer", folder, "pretrained"):
-        loaded: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder)
+        # tokenizer.json says all; AutoTokenizer would go by the model type beside it and, for a Qwen2 with
+        # words of its own, quietly build another tokenizer from the same file.
+        whole = (folder / "tokenizer.json").exists()
+        loaded: PreTrainedTokenizerBase = (PreTrainedTokenizerFast if whole else AutoTokenizer).from_pretrained(folder)
         return loaded
 
 
@@ -88,7 +96,7 @@ def conditioner(section: config.Decoder, paths: Paths) -> TextConditioner:
         if section.weights == "random":
             settings = CLIPTextConfig.from_pretrained(folder / "text_encoder")
             settings._attn_implementation = _attention()
-            text_encoder = CLIPTextModel(settings)
+            text_encoder = CLIPTextModel(settings).float()
         else:
             text_encoder = CLIPTextModel.from_pretrained(
                 folder / "text_encoder",
@@ -96,7 +104,8 @@ def conditioner(section: config.Decoder, paths: Paths) -> TextConditioner:
                 dtype=torch.float32,
                 attn_implementation=_attention(),
             )
-    words = tokenizer(folder / "tokenizer")
+    # An architecture alone (weights: random) may come without words; then only embeddings can be conditioned on.
+    words = tokenizer(folder / "tokenizer") if (folder / "tokenizer").exists() else None
     return TextConditioner(text_encoder.eval(), words, use_text_encoder=section.use_text_encoder)
 
 
@@ -137,7 +146,7 @@ def encoder(
         if section.weights == "random":
             settings = Florence2Config.from_pretrained(folder)
             settings._attn_implementation = _attention()
-            florence = Florence2ForConditionalGeneration(settings)
+            florence = Florence2ForConditionalGeneration(settings).float()
         else:
             florence = Florence2ForConditionalGeneration.from_pretrained(
                 folder, use_safetensors=True, dtype=torch.float32, attn_implementation=_attention()
@@ -155,10 +164,19 @@ def encoder(
 
 def language_model(section: config.LanguageModel, paths: Paths) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The causal language model and its tokenizer."""
+    return language_model_alone(section, paths), tokenizer(folder_of(section, paths))
+
+
+def language_model_alone(section: config.LanguageModel, paths: Paths) -> PreTrainedModel:
+    """The causal language model, of any Auto class."""
     folder = folder_of(section, paths)
     with _building("language model", folder, section.weights):
         if section.weights == "random":
-            model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
+            settings = AutoConfig.from_pretrained(folder)
+            model = AutoModelForCausalLM.from_config(settings, attn_implementation=_attention()).float()
         else:
-            model = AutoModelForCausalLM.from_pretrained(folder, use_safetensors=True, dtype=torch.float32)
-    return model.eval(), tokenizer(folder)
+            model = AutoModelForCausalLM.from_pretrained(
+                folder, use_safetensors=True, dtype=torch.float32, attn_implementation=_attention()
+            )
+    built: PreTrainedModel = model.eval()
+    return built

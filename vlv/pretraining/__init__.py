@@ -125,7 +125,8 @@ def _teacher(paths: Paths, source: ScenesSource) -> dict[str, float]:
     captions = draw(paths, source, 60_000, 3, pixels=False)
     reader, text_figures = text.pretrain(captions, held_out, _checkpoints(paths, "text"))
     unet, scheduler = teacher.build()
-    conditioner = TextConditioner(reader, text.tokenizer(), use_text_encoder=True)
+    words = text.tokenizer()
+    conditioner = TextConditioner(reader, words, use_text_encoder=True)
     decoder = StableDiffusionDecoder(autoencoder, unet, conditioner, scheduler, image_size=64)
     pool, singles = draw(paths, source, 36_000, 7), draw(paths, source, 6_000, 8, max_objects=1)
     teacher.pretrain(decoder, pool, singles, _checkpoints(paths, "unet"))
@@ -135,7 +136,7 @@ def _teacher(paths: Paths, source: ScenesSource) -> dict[str, float]:
         for name, part in (("vae", autoencoder), ("unet", unet), ("text_encoder", reader)):
             _half(part).save_pretrained(folder / name)
         scheduler.save_pretrained(folder / "scheduler")
-        conditioner.tokenizer.save_pretrained(folder / "tokenizer")
+        words.save_pretrained(folder / "tokenizer")
         t, e, v = teacher.SETTINGS, text.SETTINGS, vae.SETTINGS
         body = (
             "AutoencoderKL, CLIPTextModel and UNet2DConditionModel with Stable Diffusion's noise schedule "

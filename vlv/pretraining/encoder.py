@@ -28,7 +28,7 @@ SIGNS = ("<image>", *PLACE_SIGNS)
 MEAN = STD = [0.5, 0.5, 0.5]
 
 SETTINGS = Training(
-    steps=2600, batch_size=64, precision="bf16", seed=15, checkpoint_every=300, log_every=50,
+    steps=1000, batch_size=64, precision="bf16", seed=15, checkpoint_every=300, log_every=50,
     optimizer=Optimizer(
         learning_rate=1.5e-3, betas=[0.9, 0.98], weight_decay=0.01, warmup_steps=50,
         schedule="hold_then_linear", hold_share=0.4, final_rate_share=0.02, clip_norm=1.0,

@@ -15,7 +15,7 @@ from vlv.pretraining.scene_pool import Pool, indices
 from vlv.training import loop
 
 SETTINGS = Training(
-    steps=1500, batch_size=64, precision="bf16", seed=16, checkpoint_every=300, log_every=50,
+    steps=520, batch_size=64, precision="bf16", seed=16, checkpoint_every=300, log_every=50,
     optimizer=Optimizer(
         learning_rate=1e-3, betas=[0.9, 0.98], weight_decay=0.01, warmup_steps=50,
         schedule="hold_then_linear", hold_share=0.4, final_rate_share=0.05, clip_norm=1.0,
@@ -30,7 +30,7 @@ def build(vocabulary: int) -> Qwen2ForCausalLM:
         Qwen2Config(
             vocab_size=vocabulary, hidden_size=256, intermediate_size=704, num_hidden_layers=4,
             num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=192, bos_token_id=1,
-            eos_token_id=2, pad_token_id=0, tie_word_embeddings=True,
+            eos_token_id=2, pad_token_id=0, tie_word_embeddings=True, attn_implementation="eager",
         )
     )  # fmt: skip
 

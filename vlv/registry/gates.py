@@ -4,7 +4,6 @@ Each answers with sentences that say what is wrong; no sentence means passed.
 """
 
 import json
-import os
 import subprocess
 import sys
 import tempfile
@@ -25,7 +24,7 @@ class Candidate:
     version: int
     tags: dict[str, str]
     figures: Figures
-    folder: Callable[[], Path]  # fetches the version's files
+    fetch: Callable[[Path], Path]  # copies the version's files into a folder, and says where
     champion: int | None = None
     champion_set: str | None = None
     champion_figures: Figures | None = None
@@ -43,9 +42,8 @@ def champion(policy: Policy, candidate: Candidate) -> list[str]:
         return []
     mine = candidate.tags.get("evaluation_set", "unknown")
     if mine != candidate.champion_set or mine == "unknown":
-        difference = (
-            f"champion {candidate.champion} was evaluated on set {candidate.champion_set}, this version on {mine}"
-        )
+        theirs = candidate.champion_set
+        difference = f"champion {candidate.champion} was evaluated on set {theirs}, this version on {mine}"
         if policy.champion.other_evaluation_set == "refuse":
             return [f"{difference}: the two cannot be compared. Evaluate both on the same set."]
         candidate.notes.append(f"not compared: {difference}")
@@ -68,21 +66,19 @@ def serving(policy: Policy, candidate: Candidate) -> list[str]:
 
     A child, so that the code stored with the version is what runs, not the code that runs here.
     """
-    folder = candidate.folder().resolve()
-    example = folder / "serving_input_example.json"
-    if not example.exists():
-        return ["the version has no input example"]
-    rows = len(json.loads(example.read_text("utf-8"))["dataframe_split"]["data"])
     with tempfile.TemporaryDirectory() as scratch:
+        folder = candidate.fetch(Path(scratch))
+        example = folder / "serving_input_example.json"
+        if not example.exists():
+            return ["the version has no input example"]
+        rows = len(json.loads(example.read_text("utf-8"))["dataframe_split"]["data"])
         output = Path(scratch) / "predictions.json"
         command = [sys.executable, "-m", "mlflow", "models", "predict", "--env-manager", "local"]
         command += ["-m", str(folder), "-i", str(example), "-t", "json", "-o", str(output)]
-        environment = {**os.environ, "PYTHONDONTWRITEBYTECODE": "1"}  # nothing new among the version's files
         try:
             result = subprocess.run(
                 command,
                 cwd=scratch,  # "-m" puts this folder on the import path
-                env=environment,
                 capture_output=True,
                 text=True,
                 timeout=SERVING_SECONDS,

@@ -31,7 +31,7 @@ def lineage(paths: Paths) -> dict[str, str]:
         "dvc_lock_sha256": _sha256(paths.root / "dvc.lock"),
         "params_sha256": _sha256(paths.params),
         "profile": str(_yaml(paths.params).get("profile", UNKNOWN)),
-        "data_validation": {True: "passed", False: "failed"}.get(verdict, UNKNOWN),  # type: ignore[arg-type]
+        "data_validation": UNKNOWN if verdict is None else "passed" if verdict is True else "failed",
         "evaluation_set": str(_json(paths.metrics / "evaluate.json").get("evaluation_set", UNKNOWN)),
         "flow_run_id": os.environ.get("VLV_FLOW_RUN_ID", UNKNOWN),
         "parent_run_id": os.environ.get("VLV_PARENT_RUN_ID", UNKNOWN),

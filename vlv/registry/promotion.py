@@ -59,7 +59,8 @@ class HistoryEntry:
 
     def __str__(self) -> str:
         before = "none" if self.from_version is None else str(self.from_version)
-        return f"{self.when}  {self.name}  {self.action} {before} -> {self.to_version}  by {self.who}: {self.why}"
+        change = f"{self.action} {before} -> {self.to_version}"
+        return f"{self.when}  {self.name}  {change}  by {self.who}: {self.why}"
 
 
 @dataclass(frozen=True)
@@ -176,7 +177,9 @@ def _candidate(client: "MlflowClient", name: str, number: int, current: int | No
         version=number,
         tags=dict(one.tags),
         figures=figures_of(one),
-        folder=lambda: Path(mlflow.artifacts.download_artifacts(artifact_uri=f"models:/{name}/{number}")),
+        fetch=lambda scratch: Path(
+            mlflow.artifacts.download_artifacts(artifact_uri=f"models:/{name}/{number}", dst_path=str(scratch))
+        ),
         champion=current,
         champion_set=None if champion is None else champion.tags.get("evaluation_set", "unknown"),
         champion_figures=None if champion is None else figures_of(champion),
@@ -219,7 +222,7 @@ def _history(client: "MlflowClient", name: str) -> list[HistoryEntry]:
 
 
 def _champions(entries: list[HistoryEntry]) -> list[int]:
-    """The champions that a rollback can go back through, the present one last: a rollback undoes promotions."""
+    """The champions that rollbacks can go back through, the present one last: a rollback undoes promotions."""
     stack: list[int] = []
     for entry in entries:
         if entry.action == "rollback" and entry.to_version in stack:

@@ -99,26 +99,26 @@ def register(
     Raises:
         RegistryError: MLflow does not answer or refuses.
     """
-    import mlflow
     import pandas as pd
     from mlflow.models import Model, ModelSignature
     from mlflow.types import ColSpec, ParamSchema, ParamSpec, Schema
 
     uri = tracking.prepare(paths)
     figures = numbers(files.read_json(evaluation))
-    params = [ParamSpec(k, "double" if isinstance(v, float) else "long", v) for k, v in served.params.items()]
+    specs = [ParamSpec(k, "double" if isinstance(v, float) else "long", v) for k, v in served.params.items()]
     signature = ModelSignature(
         inputs=Schema([ColSpec(kind, column) for column, kind in served.inputs.items()]),
         outputs=Schema([ColSpec(kind, column) for column, kind in served.outputs.items()]),
-        params=ParamSchema(params) if params else None,
+        params=ParamSchema(specs) if specs else None,  # type: ignore[arg-type]  # None is documented
     )
     with explained(uri):
         client = store.client(uri)
         if run_id is None:  # never the fluent API's active run: this process may have one of its own
             raise RegistryError("A version needs the MLflow run that made it, and MLflow gave none. Is it up?")
         info = Model.log(
+            artifact_path=None,
             name=name,
-            flavor=mlflow.pyfunc,
+            flavor=_Unrun,
             run_id=run_id,
             python_model=str(served.script),
             artifacts={"model": str(model_folder), "evaluation": str(evaluation)},
@@ -126,7 +126,6 @@ def register(
             signature=signature,
             input_example=pd.DataFrame(dict(example)),
             pip_requirements=[f"{package}=={installed(package)}" for package in _REQUIREMENTS],
-            # MLflow would load and run the model here and only warn; the gate `serving` does it in earnest.
             validate_serving_input=False,
         )
         _ensure_registered(client, name)
@@ -200,6 +199,19 @@ def numbers(value: Any, prefix: str = "") -> dict[str, float]:
         elif isinstance(inner, int | float) and not isinstance(inner, bool):
             found[f"{prefix}{key}"] = float(inner)
     return found
+
+
+class _Unrun:
+    """mlflow.pyfunc without the trial run at logging, whose failure is but a warning.
+
+    It would load a large model into this process once more; the gate `serving` runs it in earnest.
+    """
+
+    @staticmethod
+    def save_model(validate_serving_input: bool, **arguments: Any) -> None:
+        import mlflow.pyfunc
+
+        mlflow.pyfunc.save_model(**arguments)
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""How MLflow serves an autoencoder: column "image" (base64 of any image file) -> "image" (base64 of a PNG)."""
+"""How MLflow serves an autoencoder: column "image" (base64 of an image file) -> "image" (base64 of a PNG)."""
 
 import base64
 from pathlib import Path
@@ -6,7 +6,7 @@ from typing import Any
 
 import mlflow
 import pandas as pd
-from mlflow.pyfunc import PythonModel, PythonModelContext
+from mlflow.pyfunc.model import PythonModel, PythonModelContext
 
 
 class AutoencoderModel(PythonModel):

@@ -18,6 +18,7 @@ from vlv.models.autoencoder import Autoencoder
 from vlv.models.captioner import Captioner
 from vlv.models.recogniser import SceneRecogniser
 from vlv.progress import meter
+from vlv.registry.versions import numbers
 from vlv.scenes import Scene
 from vlv.stages import lineage, stage2
 
@@ -53,7 +54,7 @@ def run(settings: Config, paths: Paths) -> dict[str, Any]:
         for path in sorted(paths.plots.glob("evaluate*.png")):
             run_.log_artifact(path)
         run_.log_artifact(paths.metrics / "evaluate.json")
-        run_.log_metrics(_numbers(result))
+        run_.log_metrics(numbers(result))
     return result
 
 
@@ -199,8 +200,8 @@ def _measure(
     result["floors"] = {"shuffled": shuffled, "empty": by_name["empty"]}
     if judge is not None:
         result["judge_on_real_scenes"] = score(judge.read(images.to_batch(true)), truth).to_json()
-        if "ceiling" in by_name:
-            result["recall_of_ceiling"] = round(result["object_recall"] / by_name["ceiling"]["object_recall"], 4)
+        if ceiling := by_name.get("ceiling", {}).get("object_recall"):
+            result["recall_of_ceiling"] = round(result["object_recall"] / ceiling, 4)
     return result | {"guidance": e.guidance, "steps": e.steps, "seed": e.seed}
 
 
@@ -227,7 +228,3 @@ def _write_pictures(
     if "scenes" in result:
         groups = {"captions": result["scenes"], **result["scenes"]["floors"]}
         report.plot_scores(groups, "Captions of held-out scenes", paths.plots / "evaluate.png")
-
-
-def _numbers(value: dict[str, Any]) -> dict[str, float]:
-    return {k: float(v) for k, v in tracking.flatten(value).items() if isinstance(v, int | float)}

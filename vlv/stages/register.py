@@ -36,6 +36,8 @@ def run(settings: Config, paths: Paths) -> dict[str, Any]:
                 )  # fmt: skip
             result[stage] = {"name": name, "version": version, "run_id": run_id}
     files.write_json(paths.metrics / "register.json", result)
+    # The stage's output for DVC lies in the store itself: without the store the stage runs again.
+    files.write_json(paths.root / "mlflow" / "store" / "registered.json", result)
     return result
 
 

@@ -3,10 +3,10 @@
 import json
 import logging
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
-from vlv import files, images
+from vlv import config, files, images, registry
 from vlv.config import Paths
 from vlv.evaluation.reconstruct import psnr
 from vlv.models.autoencoder import Autoencoder
@@ -21,6 +21,33 @@ _TOGETHER = 16
 
 class NoImagesError(ValueError):
     """A folder without images."""
+
+
+@dataclass
+class Report:
+    """How many images were done (in this run and an earlier one), and why others were not: path -> reason."""
+
+    done: int = 0
+    failed: dict[str, str] = field(default_factory=dict)
+
+
+def model_folder(paths: Paths, model: str | None, stage: str) -> Path:
+    """The folder of a model: a folder, models:/NAME@ALIAS, or (None) the champion, else what was last trained.
+
+    Raises:
+        RegistryError: no such version.
+    """
+    if model is not None and not model.startswith("models:/"):
+        return Path(model)
+    if model is not None:
+        return registry.fetch(paths, model)
+    settings = config.load(paths).register_
+    name = settings.captioner_name if stage == "stage2" else settings.autoencoder_name
+    try:
+        return registry.fetch(paths, f"models:/{name}@{registry.CHAMPION}")
+    except registry.RegistryError as error:
+        log.info("no champion (%s); taking what was last trained", str(error).split(". ")[0])
+        return paths.work / stage / "model"
 
 
 def find_images(folder: Path) -> list[Path]:
@@ -46,20 +73,21 @@ def _readable(found: list[Path], unreadable: dict[str, str]) -> Iterator[tuple[P
             log.warning("left out: %s", error)
 
 
-def caption_folder(folder: Path, output: Path, model: Path, paths: Paths) -> dict[str, Any]:
+def caption_folder(paths: Paths, folder: Path, output: Path, model: str | None = None) -> Report:
     """Caption every image; `output` becomes {"image1.jpg": "..."} with names relative to `folder`.
 
     Captions go to `output`.partial as they are written, so that a killed run goes on where it was.
-    Returns the numbers: written, left out (with reasons), taken from an earlier run.
+
+    Raises:
+        NoImagesError, ModelFolderError, RegistryError: before anything is written.
     """
     found = find_images(folder)
     root = folder if folder.is_dir() else folder.parent
+    captioner = Captioner.load(model_folder(paths, model, "stage2"), paths)
     partial = output.with_name(output.name + ".partial")
     done: dict[str, str] = {row["image"]: row["caption"] for row in files.read_json_lines(partial)}
     todo = [path for path in found if path.relative_to(root).as_posix() not in done]
-    earlier = len(done)
-    captioner = Captioner.load(model, paths)
-    unreadable: dict[str, str] = {}
+    report = Report()
     waiting: list[tuple[Path, images.Pixels]] = []
 
     def write() -> None:
@@ -72,7 +100,7 @@ def caption_folder(folder: Path, output: Path, model: Path, paths: Paths) -> dic
         waiting.clear()
 
     with meter("Captioning", len(todo)) as progress:
-        for item in _readable(todo, unreadable):
+        for item in _readable(todo, report.failed):
             waiting.append(item)
             if len(waiting) == _TOGETHER:
                 write()
@@ -80,12 +108,21 @@ def caption_folder(folder: Path, output: Path, model: Path, paths: Paths) -> dic
             write()
     files.write_text(output, json.dumps(dict(sorted(done.items())), indent=2, ensure_ascii=False) + "\n")
     partial.unlink(missing_ok=True)
-    return {"captioned": len(done), "earlier": earlier, "unreadable": unreadable}
+    report.done = len(done)
+    return report
 
 
 def reconstruct_folder(
-    folder: Path, output: Path, model: Path, paths: Paths, size: int | None, guidance: float, steps: int, seed: int
-) -> dict[str, Any]:
+    paths: Paths,
+    folder: Path,
+    output: Path,
+    *,
+    size: int | None = None,
+    guidance: float = 2.0,
+    steps: int = 50,
+    seed: int = 42,
+    model: str | None = None,
+) -> Report:
     """Reconstruct every image into `output`: NAME.png, side-by-side/NAME.png and figures.json.
 
     `size` (pixels): side of the pictures that are written; None: what the decoder draws. Seeds count up from
@@ -93,24 +130,25 @@ def reconstruct_folder(
     """
     found = find_images(folder)
     root = folder if folder.is_dir() else folder.parent
-    autoencoder = Autoencoder.load(model, paths)
+    autoencoder = Autoencoder.load(model_folder(paths, model, "stage1"), paths)
     side = size or autoencoder.decoder.image_size
-    unreadable: dict[str, str] = {}
+    report = Report()
     figures: dict[str, float] = {}
     with meter("Reconstructing", len(found)) as progress:
-        for i, (path, pixels) in enumerate(_readable(found, unreadable)):
+        for i, (path, pixels) in enumerate(_readable(found, report.failed)):
             drawn = autoencoder.reconstruct([pixels], steps, guidance, seed + i)[0]
             drawn, square = images.resize_crop(drawn, side), images.resize_crop(pixels, side)
-            name = path.relative_to(root).with_suffix(".png")
+            # The suffix stays in the name: a.jpg and a.png are two images.
+            name = path.relative_to(root).as_posix() + ".png"
             files.write_bytes(output / name, images.encode_png(drawn))
             pair = images.grid([[square, drawn]], tile=max(side, 128))
             files.write_bytes(output / "side-by-side" / name, images.encode_png(pair))
             figures[path.relative_to(root).as_posix()] = round(psnr([drawn], [square]), 3)
             progress.advance()
-    mean = round(sum(figures.values()) / len(figures), 3) if figures else None
+    report.done = len(figures)
     result = {
-        "psnr_mean": mean, "psnr": figures, "guidance": guidance, "steps": steps, "seed": seed, "size": side,
-        "unreadable": unreadable,
+        "psnr_mean": round(sum(figures.values()) / len(figures), 3) if figures else None,
+        "psnr": figures, "guidance": guidance, "steps": steps, "seed": seed, "size": side, "failed": report.failed,
     }  # fmt: skip
     files.write_json(output / "figures.json", result)
-    return result
+    return report

@@ -20,6 +20,6 @@ def run(settings: Config, paths: Paths) -> dict[str, Any]:
     files.write_text(summary, expectations.summary_markdown(verdict))
     with tracking.start_run(paths, "validate", system_metrics=False) as run_:
         run_.log_artifact(summary)
-        run_.log_metrics({"success": float(verdict.success), "failures": float(len(verdict.failures))})
+        run_.log_metrics({"success": float(verdict.success), "failures": float(len(verdict.failures()))})
     verdict.check()
     return result

@@ -192,6 +192,7 @@ class Shipper(threading.Thread):
         self._interval = interval
         self._wake = threading.Event()
         self._closing = threading.Event()
+        self._given_up = threading.Event()
         self.started_run = threading.Event()  # set when MLflow has given the run its id
         self.complete = False  # everything was delivered before the thread ended
 
@@ -211,6 +212,8 @@ class Shipper(threading.Thread):
                     if pause == self._interval:
                         log.warning("MLflow is not told; the journal keeps it: %s", _first_line(error))
                     pause = min(_LONGEST_PAUSE, pause * 2)
+                    if self._given_up.is_set():
+                        return
                 self._wake.wait(1.0 if self._closing.is_set() else pause)
                 self._wake.clear()
         finally:
@@ -223,6 +226,7 @@ class Shipper(threading.Thread):
         self._closing.set()
         self._wake.set()
         self.join(seconds)
+        self._given_up.set()  # a thread that still hangs ends with its call, and frees the journal for a flush
         return self.complete
 
 

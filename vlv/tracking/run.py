@@ -27,7 +27,8 @@ log = logging.getLogger(__name__)
 Status = Literal["FINISHED", "FAILED", "KILLED"]
 PARENT_VARIABLE = "VLV_PARENT_RUN_ID"
 FLOW_VARIABLE = "VLV_FLOW_RUN_ID"
-CLOSE_SECONDS = 15.0  # how long a finished run waits for MLflow
+CLOSE_SECONDS = 15.0  # how long a finished run waits for a server
+LOCAL_CLOSE_SECONDS = 120.0  # and for the project's sqlite file, which is never dead, only slow on a full machine
 INTERRUPTED_CLOSE_SECONDS = 4.0  # the seconds between SIGTERM and SIGKILL are the checkpoint's
 _KEY_LIMIT, _PARAM_LIMIT, _TAG_LIMIT, _DIGEST_LIMIT = 250, 6000, 8000, 36  # MLflow 3's
 
@@ -49,9 +50,9 @@ class Run:
         """MLflow's id of the run; None as long as the server has not given one."""
         return self._journal.run_id
 
-    def wait_for_id(self, seconds: float = CLOSE_SECONDS) -> str | None:
-        """The run's id, waiting for the server at most so long."""
-        self._shipper.started_run.wait(seconds)
+    def wait_for_id(self, seconds: float | None = None) -> str | None:
+        """The run's id, waiting for it at most so long (a server: 15 s, the sqlite file: 120 s)."""
+        self._shipper.started_run.wait(_patience(self._journal.head.uri) if seconds is None else seconds)
         return self.run_id
 
     def log_params(self, values: Mapping[str, Any]) -> None:
@@ -180,13 +181,13 @@ def start_run(
         if status == "FINISHED" and resume_file is not None:
             resume_file.unlink(missing_ok=True)
         run._end(status)
-        _close(shipper, journal, INTERRUPTED_CLOSE_SECONDS if status == "KILLED" else CLOSE_SECONDS)
+        _close(shipper, journal, INTERRUPTED_CLOSE_SECONDS if status == "KILLED" else _patience(uri))
 
 
 def create_parent_run(paths: Paths, name: str, tags: Mapping[str, str] | None = None) -> str | None:
     """Make the run that a flow's stages nest under and return its id, for VLV_PARENT_RUN_ID.
 
-    None where the server gives no answer within 15 s: the stages then stand alone, with the flow's id as tag.
+    None where a server gives no answer within 15 s: the stages then stand alone, with the flow's id as tag.
     """
     uri = store.prepare(paths)
     made: list[str] = []
@@ -201,7 +202,7 @@ def create_parent_run(paths: Paths, name: str, tags: Mapping[str, str] | None = 
 
     thread = threading.Thread(target=make, name="vlv-mlflow-parent", daemon=True)
     thread.start()
-    thread.join(CLOSE_SECONDS)
+    thread.join(_patience(uri))
     return made[0] if made else None
 
 
@@ -223,7 +224,7 @@ def finish_run(
     journal.append("finish", status=status)
     shipper = delivery.Shipper(journal)
     shipper.start()
-    return _close(shipper, journal, CLOSE_SECONDS)
+    return _close(shipper, journal, _patience(uri))
 
 
 def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -278,6 +279,11 @@ def _resume(uri: str, folder: Path, resume_file: Path | None) -> Journal | None:
         return None
     journal.append("resume")
     return journal
+
+
+def _patience(uri: str) -> float:
+    """Seconds that the end of a run waits for MLflow."""
+    return LOCAL_CLOSE_SECONDS if uri.startswith("sqlite:") else CLOSE_SECONDS
 
 
 def _close(shipper: delivery.Shipper, journal: Journal, seconds: float) -> bool:

@@ -88,17 +88,18 @@ def train(
                     draw = runtime.generator(settings.seed, step * settings.accumulation + part)
                     with accelerator.accumulate(model), accelerator.autocast():
                         loss = model(next(source), draw)
+                        value = loss.item()
+                        if not math.isfinite(value):
+                            raise DivergedError(
+                                f"{title}: the loss is {value} at step {step}. Lower the learning rate; "
+                                f"the last good state is step {saved}."
+                            )
                         accelerator.backward(loss)
-                        total += loss.item() / settings.accumulation
+                        total += value / settings.accumulation
                         if accelerator.sync_gradients:
                             accelerator.clip_grad_norm_(parameters.values(), settings.optimizer.clip_norm)
                         prepared.step()
                         prepared.zero_grad()
-                if not math.isfinite(total):
-                    raise DivergedError(
-                        f"{title}: the loss is {total} at step {step}. Lower the learning rate; "
-                        f"the last good state is step {saved}."
-                    )
                 if settings.optimizer.ema_decay:
                     average.update(step + 1)
                 losses.append(total)

@@ -1,0 +1,59 @@
+# make full-train   from nothing to a promoted captioner: environment, data, training, evaluation, registry
+# make test         the environment, then all tests
+# make lint         ruff and mypy
+# make lock         write requirements.lock from the environment as it is
+# make clean        remove the environment and caches; data, results and the model store stay
+#
+# PYTHON=python3.12      another interpreter (3.11 or 3.12)
+# PROFILE=smoke          another profile of configs/
+# TORCH_OPTIONS=...      options for pip when it installs torch, such as an index that has CPU builds: pip's own
+#                        choice on Linux may be a CUDA build of several GB, which works as well
+
+PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || command -v python3)
+PROFILE ?= tiny
+TORCH_OPTIONS ?=
+
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DELETE_ON_ERROR:
+.PHONY: full-train test lint lock clean env
+
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+INSTALLED := .venv/.installed
+
+full-train: env
+	@grep -qx 'profile: $(PROFILE)' params.yaml 2>/dev/null || $(BIN)/vlv config use $(PROFILE)
+	@$(BIN)/python -m flows.full_train
+
+test: env
+	$(BIN)/python -m pytest
+
+lint: env
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+
+env: $(INSTALLED)
+
+# torch first and alone, so that TORCH_OPTIONS touches nothing else. The lock is complete: no resolving.
+$(INSTALLED): requirements.lock pyproject.toml
+	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(None if v in {(3, 11), (3, 12)} else f"Python {v[0]}.{v[1]} will not do: make $(MAKECMDGOALS) PYTHON=python3.11")'
+	@echo "Making the environment .venv from requirements.lock; a few minutes, and about 2 GB of disk."
+	$(PYTHON) -m venv .venv
+	$(PIP) install --quiet --constraint requirements.lock $(TORCH_OPTIONS) "$$(grep '^torch==' requirements.lock)"
+	$(PIP) install --quiet --no-deps --requirement requirements.lock
+	$(PIP) install --quiet --no-deps --no-build-isolation --editable .
+	$(PIP) check
+	@touch $@
+
+lock:
+	@{ sed -n '/^#/p' requirements.lock; \
+	  $(PIP) freeze --all --exclude pip --exclude-editable | grep -E '^[A-Za-z0-9._-]+==' | sed -E 's/\+[a-z0-9.]+$$//'; \
+	} > requirements.lock.new
+	@mv requirements.lock.new requirements.lock
+	@git diff --stat -- requirements.lock
+
+clean:
+	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache build vlv.egg-info
+	find . -name __pycache__ -type d -not -path './.git/*' -prune -exec rm -rf {} +

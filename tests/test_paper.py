@@ -1,0 +1,41 @@
+"""The paper profile: valid, and its models take their full size on the meta device."""
+
+import torch
+
+from tests.conftest import profile
+from vlv import config
+from vlv.config import Paths
+from vlv.models import pretrained
+from vlv.models.autoencoder import Autoencoder
+
+
+def _at_random() -> config.Config:
+    paper = profile("paper")
+    random = {"weights": "random"}
+    # The prompt needs Florence-2's tokenizer, which comes with its weights.
+    encoder = paper.encoder.model_copy(update={**random, "prompt": ""})
+    return paper.model_copy(update={"encoder": encoder, "decoder": paper.decoder.model_copy(update=random)})
+
+
+def test_it_instantiates_at_full_size_on_the_meta_device(paths: Paths) -> None:
+    with torch.device("meta"):
+        model = Autoencoder.build(_at_random(), paths)
+
+    def millions(module: torch.nn.Module) -> float:
+        return sum(p.numel() for p in module.parameters()) / 1e6
+
+    # Published sizes: Florence-2-large 0.77 B; Stable Diffusion 2: UNet 866 M, text encoder 340 M, VAE 84 M.
+    assert 760 < millions(model.encoder.florence) < 840
+    assert round(millions(model.decoder.unet)) == 866
+    assert round(millions(model.decoder.conditioner.text_encoder)) == 340
+    assert round(millions(model.decoder.vae)) == 84
+    learning = sum(p.numel() for p in model.parameters() if p.requires_grad) / 1e6
+    assert 350 < learning < 480, "BART, queries and projection learn; the vision tower does not"
+    assert model.encoder.queries.shape == (1, 77, 1024)
+
+
+def test_the_language_model_takes_its_full_size_too(paths: Paths) -> None:
+    section = profile("paper").language_model.model_copy(update={"weights": "random"})
+    with torch.device("meta"):
+        model = pretrained.language_model_alone(section, paths)
+    assert 3.0 < sum(p.numel() for p in model.parameters()) / 1e9 < 3.2

@@ -1,0 +1,158 @@
+"""The codebase keeps its shape: imports run one way, nothing loads unsafely, the graph names what exists."""
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from vlv import cli, config, stages
+
+ROOT = Path(__file__).resolve().parents[1]
+
+# Each level imports from lower ones only. Parts of one level do not know each other, except at the bottom.
+_BOTTOM = 0
+_LEVELS = {
+    3: {"cli", "cli_data", "cli_registry", "doctor", "__main__"},
+    2: {"stages", "pretraining"},
+    1: {"data", "models", "training", "evaluation", "registry", "serving"},
+    0: {"config", "assets", "images", "files", "scenes", "tracking", "progress", "pinning"},
+}
+_LEVEL = {name: level for level, names in _LEVELS.items() for name in names}
+# Served models run alone, in MLflow's process: a stage in small.
+_EXCEPTIONS = {("serving", "models")}
+_BAD_NAMES = {"utils", "util", "common", "helper", "helpers", "manager", "managers", "misc"}
+_PICKLES = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "marshal", "shelve"}
+
+
+def _sources(*folders: str) -> list[Path]:
+    return sorted(path for folder in folders for path in (ROOT / folder).rglob("*.py"))
+
+
+def _tree(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"), str(path))
+
+
+def _imports(node: ast.AST) -> Iterator[str]:
+    """Dotted names that are imported below `node`, wherever; for types only (TYPE_CHECKING) left out."""
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, ast.If) and "TYPE_CHECKING" in ast.dump(child.test):
+            continue
+        if isinstance(child, ast.Import):
+            yield from (alias.name for alias in child.names)
+        elif isinstance(child, ast.ImportFrom):
+            assert child.level == 0, "relative import"
+            yield from (f"{child.module}.{alias.name}" for alias in child.names)
+        yield from _imports(child)
+
+
+def _part(dotted: str) -> str:
+    """vlv.data.shards.DataError -> data; vlv.__version__ -> nothing."""
+    name = dotted.split(".")[1] if dotted.startswith("vlv.") else ""
+    return name if name != "__version__" else ""
+
+
+@pytest.mark.parametrize("path", _sources("vlv"), ids=lambda p: p.relative_to(ROOT).as_posix())
+def test_imports_run_one_way(path: Path) -> None:
+    inside = path.relative_to(ROOT / "vlv")
+    own = inside.parts[0].removesuffix(".py")
+    if own == "__init__":
+        assert not list(_imports(_tree(path)))
+        return
+    level = _LEVEL[own]  # a new part: give it its level above
+    for dotted in _imports(_tree(path)):
+        other = _part(dotted)
+        top = dotted.split(".")[0]
+        assert top not in {"prefect", "dvc", "flows", "tests"}, f"{path} imports {dotted}"
+        if top == "mlflow":
+            assert own in {"tracking", "registry", "serving"}, f"{path} imports {dotted}"
+        if not other or other == own or (own, other) in _EXCEPTIONS:
+            continue
+        fits = _LEVEL[other] < level or level == _LEVEL[other] in (_BOTTOM, 3)
+        assert fits, f"{path}: {own} imports {dotted}, which is not below it"
+
+
+def test_flows_reach_down_to_the_bottom_only() -> None:
+    for path in _sources("flows"):
+        found = {_part(dotted) for dotted in _imports(_tree(path))} - {""}
+        assert found <= {"config", "files", "tracking"}, path
+
+
+def _unsafe(call: ast.Call) -> str | None:
+    """What makes a call unsafe, if anything."""
+    function = ast.unparse(call.func)
+    given = {keyword.arg: keyword.value for keyword in call.keywords}
+
+    def is_constant(name: str, value: bool) -> bool:
+        node = given.get(name)
+        return isinstance(node, ast.Constant) and node.value is value
+
+    if function in {"torch.load", "yaml.load", "yaml.unsafe_load", "eval", "exec", "os.system", "os.popen"}:
+        return function
+    if is_constant("shell", True):
+        return "shell=True"
+    if "trust_remote_code" in given:
+        return "trust_remote_code"
+    if function != "zip" and is_constant("strict", False):
+        return "strict=False"
+    return None
+
+
+@pytest.mark.parametrize("path", _sources("vlv", "flows"), ids=lambda p: p.relative_to(ROOT).as_posix())
+def test_nothing_loads_or_runs_unsafely(path: Path) -> None:
+    tree = _tree(path)
+    calls = [(node.lineno, _unsafe(node)) for node in ast.walk(tree) if isinstance(node, ast.Call)]
+    assert [found for found in calls if found[1]] == []
+    assert not {dotted.split(".")[0] for dotted in _imports(tree)} & _PICKLES
+    assert "sys.path" not in {ast.unparse(n) for n in ast.walk(tree) if isinstance(n, ast.Attribute)}
+
+
+def test_the_rules_above_can_fail() -> None:
+    bad = "import pickle\ntorch.load(f)\nm.load_state_dict(s, strict=False)\nrun('x', shell=True)\n"
+    tree = ast.parse(bad + "from_pretrained(n, trust_remote_code=True)\nzip(a, b, strict=False)\n")
+    found = [_unsafe(node) for node in ast.walk(tree) if isinstance(node, ast.Call)]
+    assert sorted(filter(None, found)) == ["shell=True", "strict=False", "torch.load", "trust_remote_code"]
+    assert list(_imports(tree)) == ["pickle"]
+
+
+def test_only_flows_import_prefect_and_file_names_say_what_is_inside() -> None:
+    assert any("prefect" in dotted for path in _sources("flows") for dotted in _imports(_tree(path)))
+    everything = _sources("vlv", "flows", "tests")
+    assert [path for path in everything if path.stem in _BAD_NAMES] == []
+    assert [path for path in (ROOT / "mlflow").rglob("*.py") if "store" not in path.parts] == []
+
+
+def _graph() -> dict[str, Any]:
+    value: dict[str, Any] = yaml.safe_load((ROOT / "dvc.yaml").read_text(encoding="utf-8"))["stages"]
+    return value
+
+
+def test_stages_of_the_graph_are_those_of_the_library_and_the_command_line() -> None:
+    assert set(_graph()) == set(stages.NAMES) == {stage.value for stage in cli.StageName}
+    for name, stage in _graph().items():
+        assert stage["cmd"] == f"python -m vlv run {name}"
+
+
+def test_code_that_the_graph_depends_on_exists() -> None:
+    code = [dep for stage in _graph().values() for dep in stage["deps"] if dep.startswith("vlv/")]
+    assert code
+    assert [dep for dep in code if not (ROOT / dep).exists()] == []
+
+
+PROFILES = sorted(path.stem for path in (ROOT / "configs").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("profile", PROFILES)
+def test_every_profile_fits_the_schema_and_the_graph(profile: str) -> None:
+    path = ROOT / "configs" / f"{profile}.yaml"
+    parsed = config.parse(path.read_text(encoding="utf-8"), path.name)
+    assert parsed.profile == profile
+    raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+    for stage in _graph().values():
+        for key in stage["params"]:
+            value: Any = raw
+            for step in key.split("."):
+                assert step in value, f"{path.name} lacks {key}, which dvc.yaml tracks"
+                value = value[step]
