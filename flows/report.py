@@ -1,5 +1,7 @@
 """What a run came to, read from the files that its stages wrote: tables, examples, versions."""
 
+import os
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -135,7 +137,7 @@ def versions(paths: Paths) -> list[tuple[str, str]]:
 def show(console: Console, paths: Paths, outcomes: Mapping[str, Outcome], seconds: float, promotion: str) -> None:
     """The end of `make full-train`: figures, examples, versions, and what to type next."""
     console.print()
-    console.print("  ".join(f"{name}: {outcome}" for name, outcome in outcomes.items()), highlight=False)
+    console.print("  ".join(f"{name}: {outcome}" for name, outcome in outcomes.items()), soft_wrap=True)
     for table in figures(paths):
         console.print(table.rich())
     for example in examples(paths):
@@ -151,13 +153,21 @@ def show(console: Console, paths: Paths, outcomes: Mapping[str, Outcome], second
     if promotion:
         console.print(promotion, markup=False, highlight=False)
     console.print(f"\n{seconds:.0f} s in all. Next:")
+    store = os.environ.get("MLFLOW_TRACKING_URI", "sqlite:///mlflow/store/mlflow.db")
     for command, purpose in (
         ("vlv caption DIR -o captions.json", "caption a folder of images with the champion"),
         ("vlv reconstruct DIR -o OUT", "what the encoder kept of them"),
-        ("mlflow ui --backend-store-uri sqlite:///mlflow/store/mlflow.db", "runs, curves, models"),
+        (f"mlflow ui --backend-store-uri {store}", "runs, curves, models"),
         ("dvc metrics diff", "against the last commit"),
     ):
-        console.print(f"  [bold cyan].venv/bin/{command}[/]  [dim]# {purpose}[/]", highlight=False, soft_wrap=True)
+        line = f"  [bold cyan]{_programs(paths)}{command}[/]  [dim]# {purpose}[/]"
+        console.print(line, highlight=False, soft_wrap=True)
+
+
+def _programs(paths: Paths) -> str:
+    """How to write the folder of this environment's programs: short where it lies in the project."""
+    folder = Path(sys.executable).parent
+    return f"{folder.relative_to(paths.root)}/" if folder.is_relative_to(paths.root) else ""
 
 
 def _side_by_side(console: Console, paths: Paths, example: Example, width: int = 32) -> Text:

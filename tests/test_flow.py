@@ -158,9 +158,12 @@ def test_stopping_the_flow_ends_its_children(toy: Path, server: dict[str, str], 
         stderr=subprocess.PIPE,
         text=True,
     )
-    ids = _ids(toy)
-    process.send_signal(number)
-    _, errors = process.communicate(timeout=_PATIENCE)
+    try:
+        ids = _ids(toy)
+        process.send_signal(number)
+        _, errors = process.communicate(timeout=_PATIENCE)
+    finally:
+        process.kill()
     assert process.returncode == {signal.SIGINT: 130, signal.SIGTERM: 143}[number], errors
     assert _gone(ids)
     # what DVC's lock file says of the dead does not keep the next run out

@@ -199,6 +199,7 @@ def test_the_registered_version_predicts_with_its_own_code(project: Paths, regis
     registry.promote(project, "served")
     folder = registry.fetch(project, "models:/served@champion")
     assert (folder / "word.txt").read_text() == "cat"
+    assert folder.is_relative_to(project.root)  # and not in ./mlruns
     with pytest.raises(registry.RegistryError, match="vlv models"):
         registry.fetch(project, "models:/served@nobody")
 

@@ -51,7 +51,8 @@ def test_killed_anywhere_and_run_again_gives_the_same_bytes(uninterrupted: Path,
     shutil.rmtree(project / "work" / stage)
     # Where it is killed differs from run to run, as in life; the curve grows, so each kill is further on.
     kills = sorted(random.sample(range(1, 6), KILLS))
-    assert any([_kill_after(project, stage, lines) for lines in kills]), "never killed in time"
+    killed = [_kill_after(project, stage, lines) for lines in kills]
+    assert all(killed), f"of the kills after {kills} lines of the curve only {killed} came in time"
     assert not (project / "work" / stage / "model").exists(), "it had finished before the last kill"
     done = projects.run(projects.python("-m", "vlv", "run", stage), project)
     assert done.returncode == 0, done.stderr

@@ -94,7 +94,7 @@ def _is_there(chosen: Config, paths: Paths) -> bool:
         source = shards.read_manifest(paths.data).source
     except shards.DataError:
         return True  # damaged: not ours to repair unasked
-    wanted = sources._describe(chosen.data)
+    wanted = sources.describe(chosen.data)
     return {key: source.get(key) for key in wanted} == wanted
 
 

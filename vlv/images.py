@@ -42,7 +42,9 @@ def decode(data: bytes, name: str = "image") -> Pixels:
             return np.asarray(image.convert("RGB"))
     except ImageError:
         raise
-    except (UnidentifiedImageError, OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+    except UnidentifiedImageError as error:
+        raise ImageError(f"{name}: not a readable image (of no known format)") from error
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise ImageError(f"{name}: not a readable image ({error})") from error
 
 

@@ -32,7 +32,7 @@ def materialise(wanted: config.Data, paths: config.Paths, data: Path, progress: 
         DataError: imported images that are missing, damaged, or were cut to another size.
         AssetError: the sprites cannot be had.
     """
-    source = _describe(wanted)
+    source = describe(wanted)
     if isinstance(wanted.source, config.ImportedSource):
         return _imported(data, source)
     try:
@@ -47,7 +47,7 @@ def materialise(wanted: config.Data, paths: config.Paths, data: Path, progress: 
     return _draw_all(wanted, wanted.source, paths, data, progress)
 
 
-def _describe(wanted: config.Data) -> dict[str, Any]:
+def describe(wanted: config.Data) -> dict[str, Any]:
     """What decides the bytes of the data."""
     sizes = {"image_size": wanted.image_size, "shard_size": wanted.shard_size}
     if isinstance(wanted.source, config.ImportedSource):
@@ -83,7 +83,7 @@ def _draw_all(
             rng = np.random.default_rng([source.seed, index])
             records = _draw(split, count, rng, painter, wanted.image_size, progress)
             splits[split] = writer.write_split(folder / split, records, wanted.shard_size)
-        about = _describe(wanted) | {"sprites_sha256": assets.describe(source.sprites, sprites)["sha256"]}
+        about = describe(wanted) | {"sprites_sha256": assets.describe(source.sprites, sprites)["sha256"]}
         manifest = Manifest(source=about, splits=splits)
         writer.write_manifest(folder, manifest)
     return manifest

@@ -24,6 +24,7 @@ from transformers import (
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
 )
+from transformers.utils import logging
 
 from vlv import assets, config
 from vlv.config import Paths
@@ -31,6 +32,8 @@ from vlv.models import encoder as encoders
 from vlv.models.conditioner import TextConditioner
 from vlv.models.decoder import StableDiffusionDecoder
 from vlv.models.encoder import CaptionEncoder, Projection
+
+logging.disable_progress_bar()  # parts load in a moment here; a bar for each only hides what takes long
 
 _RANDOM_SEED = 20250710
 # What the text side expects at its input ("embedding") and gives at its output ("context"): mean and spread of

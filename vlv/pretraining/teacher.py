@@ -23,7 +23,7 @@ log = logging.getLogger(__name__)
 
 COORDINATES = 8
 SETTINGS = Training(
-    steps=7600, batch_size=16, precision="bf16", seed=13, checkpoint_every=500, log_every=100,
+    steps=6200, batch_size=16, precision="bf16", seed=13, checkpoint_every=500, log_every=100,
     optimizer=Optimizer(
         learning_rate=1e-3, betas=[0.9, 0.98], weight_decay=0.01, warmup_steps=100,
         schedule="hold_then_linear", hold_share=0.5, final_rate_share=0.02, clip_norm=1.0, ema_decay=0.998,
@@ -31,7 +31,7 @@ SETTINGS = Training(
 )  # fmt: skip
 TIMESTEPS = Timesteps(mode="uniform", high_noise_share=0.65, high_noise_from=600)
 _EMPTY_SHARE = 0.1  # contexts replaced by the empty prompt's, for guidance
-_CURRICULUM = (0.22, 0.75)  # in this first share of the steps, this share of batches shows single objects only
+_CURRICULUM = (0.27, 0.75)  # in this first share of the steps, this share of batches shows single objects only
 
 
 def build(latent_size: int = 16, channels: int = 4) -> tuple[UNet2DConditionModel, DDPMScheduler]:

@@ -2,6 +2,7 @@
 
 import json
 import re
+import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,9 +14,11 @@ from typing import TYPE_CHECKING, Any
 from vlv import files, tracking
 from vlv.config import Paths
 from vlv.tracking import store
+from vlv.tracking.run import clean_key
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
+    from mlflow.entities import LoggedModel
     from mlflow.entities.model_registry import ModelVersion
 
 CHALLENGER, CHAMPION = "challenger", "champion"
@@ -99,38 +102,26 @@ def register(
     Raises:
         RegistryError: MLflow does not answer or refuses.
     """
-    import pandas as pd
-    from mlflow.models import Model, ModelSignature
-    from mlflow.types import ColSpec, ParamSchema, ParamSpec, Schema
-
     uri = tracking.prepare(paths)
     figures = numbers(files.read_json(evaluation))
-    specs = [ParamSpec(k, "double" if isinstance(v, float) else "long", v) for k, v in served.params.items()]
-    signature = ModelSignature(
-        inputs=Schema([ColSpec(kind, column) for column, kind in served.inputs.items()]),
-        outputs=Schema([ColSpec(kind, column) for column, kind in served.outputs.items()]),
-        params=ParamSchema(specs) if specs else None,  # type: ignore[arg-type]  # None is documented
-    )
-    with explained(uri):
-        client = store.client(uri)
-        if run_id is None:  # never the fluent API's active run: this process may have one of its own
+    with explained(uri), tempfile.TemporaryDirectory() as scratch:
+        if run_id is None:
             raise RegistryError("A version needs the MLflow run that made it, and MLflow gave none. Is it up?")
-        info = Model.log(
-            artifact_path=None,
-            name=name,
-            flavor=_Unrun,
-            run_id=run_id,
-            python_model=str(served.script),
-            artifacts={"model": str(model_folder), "evaluation": str(evaluation)},
-            code_paths=[str(code)] if code else None,
-            signature=signature,
-            input_example=pd.DataFrame(dict(example)),
-            pip_requirements=[f"{package}=={installed(package)}" for package in _REQUIREMENTS],
-            validate_serving_input=False,
-        )
+        client = store.client(uri)
+        experiment = client.get_run(run_id).info.experiment_id
+        logged = client.create_logged_model(experiment, name, source_run_id=run_id, tags=dict(tags))
+        folder = Path(scratch) / "model"
+        _save(folder, logged, served, model_folder, evaluation, example, code)
+        client.log_model_artifacts(logged.model_id, str(folder))
+        _link_to_run(client, run_id, logged.model_id, figures)
         _ensure_registered(client, name)
-        all_tags = {**tags, FIGURES_TAG: json.dumps(figures)}
-        made = client.create_model_version(name, info.model_uri, run_id=run_id, tags=all_tags, model_id=info.model_id)
+        made = client.create_model_version(
+            name,
+            f"models:/{logged.model_id}",
+            run_id=run_id,
+            tags={**tags, FIGURES_TAG: json.dumps(figures)},
+            model_id=logged.model_id,
+        )
         client.set_registered_model_alias(name, CHALLENGER, made.version)
     return int(made.version)
 
@@ -201,19 +192,6 @@ def numbers(value: Any, prefix: str = "") -> dict[str, float]:
     return found
 
 
-class _Unrun:
-    """mlflow.pyfunc without the trial run at logging, whose failure is but a warning.
-
-    It would load a large model into this process once more; the gate `serving` runs it in earnest.
-    """
-
-    @staticmethod
-    def save_model(validate_serving_input: bool, **arguments: Any) -> None:
-        import mlflow.pyfunc
-
-        mlflow.pyfunc.save_model(**arguments)
-
-
 @contextmanager
 def explained(uri: str) -> Iterator[None]:
     """MLflow's failures as RegistryError, with what to do."""
@@ -229,6 +207,60 @@ def explained(uri: str) -> Iterator[None]:
         raise RegistryError(
             f"MLflow at {shown} failed: {error}. Check MLFLOW_TRACKING_URI and the server, and run it again."
         ) from error
+
+
+def _save(
+    folder: Path,
+    logged: "LoggedModel",
+    served: Served,
+    model_folder: Path,
+    evaluation: Path,
+    example: Mapping[str, list[str]],
+    code: Path | None,
+) -> None:
+    """Write the model as MLflow serves it.
+
+    Saved and then shipped, not by `log_model`: that one runs the model in this process, only to warn, and
+    puts it into the fluent API's active experiment, whose artifacts lie below the current folder.
+    """
+    import mlflow.pyfunc
+    import pandas as pd
+    from mlflow.models import Model, ModelSignature
+    from mlflow.types import ColSpec, ParamSchema, ParamSpec, Schema
+
+    specs = [ParamSpec(k, "double" if isinstance(v, float) else "long", v) for k, v in served.params.items()]
+    signature = ModelSignature(
+        inputs=Schema([ColSpec(kind, column) for column, kind in served.inputs.items()]),
+        outputs=Schema([ColSpec(kind, column) for column, kind in served.outputs.items()]),
+        params=ParamSchema(specs) if specs else None,  # type: ignore[arg-type]  # None is documented
+    )
+    mlflow.pyfunc.save_model(
+        path=str(folder),
+        mlflow_model=Model(
+            artifact_path=logged.artifact_location,
+            run_id=logged.source_run_id,
+            model_uuid=logged.model_id,
+            model_id=logged.model_id,
+        ),
+        python_model=str(served.script),
+        artifacts={"model": str(model_folder), "evaluation": str(evaluation)},
+        code_paths=[str(code)] if code else None,
+        signature=signature,
+        input_example=pd.DataFrame(dict(example)),
+        pip_requirements=[f"{package}=={installed(package)}" for package in _REQUIREMENTS],
+    )
+
+
+def _link_to_run(client: "MlflowClient", run_id: str, model_id: str, figures: Mapping[str, float]) -> None:
+    """Show the model among the run's outputs, and the figures on the model's page."""
+    from mlflow.entities import LoggedModelOutput, LoggedModelStatus, Metric
+
+    client.log_outputs(run_id, [LoggedModelOutput(model_id, step=0)])
+    now = int(datetime.now(UTC).timestamp() * 1000)
+    metrics = [Metric(clean_key(k), v, now, 0, model_id=model_id, run_id=run_id) for k, v in figures.items()]
+    for start in range(0, len(metrics), 1000):  # MLflow's limit
+        client.log_batch(run_id, metrics=metrics[start : start + 1000])
+    client.finalize_logged_model(model_id, LoggedModelStatus.READY)
 
 
 def _ensure_registered(client: "MlflowClient", name: str) -> None:

@@ -146,7 +146,7 @@ def _reconstructions(
     true = [images.resize_crop(p, size) for p in test.pixels[:count]]
     batches = [list(range(i, min(i + e.batch_size, count))) for i in range(0, count, e.batch_size)]
     captions = test.captions[:count]
-    kinds = ["reconstruction", "vae", "empty"] + (["ceiling"] if all(captions) else [])
+    kinds = ["reconstruction", "vae"] + (["ceiling"] if all(captions) else [])
     drawn: dict[str, list[Pixels]] = {kind: [] for kind in kinds}
     with (
         torch.no_grad(),
@@ -157,14 +157,12 @@ def _reconstructions(
             batch = images.to_batch([true[i] for i in rows])
             seeds = [e.seed + i for i in rows]
             context = model.context(images.to_batch([test.pixels[i] for i in rows]))
-            contexts = {"reconstruction": context, "empty": model.decoder.embed_text([""] * len(rows))}
+            contexts = {"reconstruction": context}
             if "ceiling" in kinds:
                 contexts["ceiling"] = model.decoder.embed_text([captions[i] or "" for i in rows])
             drawn["vae"] += images.to_arrays(model.decoder.decode(model.decoder.encode(batch)[0]))
             for name, given in contexts.items():
-                # The empty prompt has nothing to be guided from.
-                guidance = 1.0 if name == "empty" else e.guidance
-                drawn[name] += images.to_arrays(model.decoder.sample(given.float(), seeds, e.steps, guidance))
+                drawn[name] += images.to_arrays(model.decoder.sample(given.float(), seeds, e.steps, e.guidance))
             progress.advance(len(rows) * len(kinds))
     return _measure(settings, paths, drawn, true, test.scenes[:count]), drawn
 
@@ -197,7 +195,7 @@ def _measure(
     for name in ("ceiling", "vae"):
         if name in by_name:
             result[name] = by_name[name]
-    result["floors"] = {"shuffled": shuffled, "empty": by_name["empty"]}
+    result["floors"] = {"shuffled": shuffled}
     if judge is not None:
         result["judge_on_real_scenes"] = score(judge.read(images.to_batch(true)), truth).to_json()
         if ceiling := by_name.get("ceiling", {}).get("object_recall"):

@@ -69,8 +69,7 @@ def _readable(found: list[Path], unreadable: dict[str, str]) -> Iterator[tuple[P
         try:
             yield path, images.decode(path.read_bytes(), str(path))
         except (images.ImageError, OSError) as error:
-            unreadable[str(path)] = str(error)
-            log.warning("left out: %s", error)
+            unreadable[str(path)] = str(error).removeprefix(f"{path}: ")
 
 
 def caption_folder(paths: Paths, folder: Path, output: Path, model: str | None = None) -> Report:

@@ -60,7 +60,7 @@ class Run:
 
         A parameter that the run already has keeps its value, as MLflow demands.
         """
-        flat = {_key(key): str(value)[:_PARAM_LIMIT] for key, value in flatten(values).items()}
+        flat = {clean_key(key): str(value)[:_PARAM_LIMIT] for key, value in flatten(values).items()}
         fresh = {key: value for key, value in flat.items() if key not in self._params}
         self._params.update(fresh)
         if fresh:
@@ -72,7 +72,7 @@ class Run:
         Steps of a curve grow: a point at a step that the run already has is dropped, so that a resumed run
         that goes through its last steps again does not double them.
         """
-        clean = {_key(key): value for key, value in values.items()}
+        clean = {clean_key(key): value for key, value in values.items()}
         with self._order:
             fresh = {key: value for key, value in clean.items() if step > self._last.get(key, -1)}
             if fresh and not self._ended:
@@ -122,7 +122,7 @@ class Run:
 
     def next_step(self, key: str) -> int:
         """The first step that the curve does not have yet."""
-        return self._last.get(_key(key), -1) + 1
+        return self._last.get(clean_key(key), -1) + 1
 
     def _end(self, status: Status) -> None:
         """Journal the end; metrics that another thread logs after it are dropped."""
@@ -218,7 +218,7 @@ def finish_run(
     uri = store.prepare(paths)
     journal = _create(paths, uri, "", None, {}, run_id=run_id)
     if metrics:
-        journal.append("metrics", step=0, values=encode({_key(key): value for key, value in metrics.items()}))
+        journal.append("metrics", step=0, values=encode({clean_key(key): value for key, value in metrics.items()}))
     if tags:
         journal.append("tags", values=_tags(tags))
     journal.append("finish", status=status)
@@ -304,10 +304,10 @@ def _flush_quietly(paths: Paths) -> None:
         log.warning("The outbox could not be flushed: %s", error)
 
 
-def _key(name: str) -> str:
+def clean_key(name: str) -> str:
     """A key that MLflow takes: other characters become "_"."""
     return re.sub(r"[^\w\-. :/]", "_", name)[:_KEY_LIMIT]
 
 
 def _tags(values: Mapping[str, str]) -> dict[str, str]:
-    return {_key(key): str(value)[:_TAG_LIMIT] for key, value in values.items()}
+    return {clean_key(key): str(value)[:_TAG_LIMIT] for key, value in values.items()}

@@ -24,6 +24,7 @@ _PATIENCE = {
     "MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR": "1",
 }
 _PRIVACY = {"MLFLOW_DISABLE_TELEMETRY": "true", "DO_NOT_TRACK": "true"}
+_QUIET = {"MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true", "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false"}
 
 
 class TrackingError(RuntimeError):
@@ -57,7 +58,8 @@ def prepare(paths: Paths) -> str:
     os.environ.update(_PRIVACY)
     for name, value in _PATIENCE.items():
         os.environ.setdefault(name, value)
-    os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
+    for name, value in _QUIET.items():
+        os.environ.setdefault(name, value)
     uri = tracking_uri(paths)
     if uri.startswith("sqlite:///"):
         _make_tables(uri)
