@@ -61,6 +61,7 @@ def test_everything_arrives_nested(project: Paths, tmp_path: Path) -> None:
         one.log_metrics({"loss": 7.0}, 2)  # a second point at the same step
         one.log_dataset("scenes", "d" * 64, "data", {"train": 3})
         one.log_artifact(tmp_path / "model")
+        one.set_tags({"quality": "good"})
         one.log_bytes(b"# report", "report.md", to="reports")
         (tmp_path / "model").rename(tmp_path / "moved")  # what is logged is kept as it was
     assert tracking.finish_run(project, parent, "FINISHED", metrics={"exact": 0.9})
@@ -68,6 +69,7 @@ def test_everything_arrives_nested(project: Paths, tmp_path: Path) -> None:
     (found,) = find(project, "all")
     assert found.info.status == "FINISHED"
     assert found.data.tags["mlflow.parentRunId"] == parent
+    assert found.data.tags["quality"] == "good"
     assert found.data.params["optimizer.rate"] == "0.001"
     assert len(found.data.params["long"]) == 6000
     (first, second) = curve(project, found.info.run_id, "loss")

@@ -9,16 +9,17 @@ again.
 import logging
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import safetensors.torch
 import torch
-from torch import nn
 
 from vlv import config, files
 from vlv.config import Paths, ScenesSource
 from vlv.models.conditioner import TextConditioner
 from vlv.models.decoder import StableDiffusionDecoder
 from vlv.models.pretrained import STATISTICS
+from vlv.models.recogniser import SceneRecogniser
 from vlv.pretraining import encoder, lm, recogniser, teacher, text, vae
 from vlv.pretraining.scene_pool import Pool, draw
 
@@ -54,7 +55,7 @@ def _checkpoints(paths: Paths, part: str) -> Path:
     return paths.work / "pretraining" / part
 
 
-def _half(module: nn.Module) -> nn.Module:
+def _half(module: Any) -> Any:
     """Weights in half precision for shipping; buffers and integers as they are."""
     return module.half()
 
@@ -86,7 +87,7 @@ def _encoder(paths: Paths, source: ScenesSource) -> dict[str, float]:
     pool, held_out = draw(paths, source, 30_000, 6), draw(paths, source, 500, 2, "test")
     model, figures = encoder.pretrain(pool, held_out, _checkpoints(paths, "encoder"))
     with files.atomic_folder(_folder(paths, "encoder")) as folder:
-        _half(model).save_pretrained(folder)  # type: ignore[operator]
+        _half(model).save_pretrained(folder)
         text.tokenizer(encoder.SIGNS).save_pretrained(folder)
         files.write_json(folder / "preprocessor_config.json", {"image_mean": encoder.MEAN, "image_std": encoder.STD})
         s = encoder.SETTINGS
@@ -106,7 +107,7 @@ def _lm(paths: Paths, source: ScenesSource) -> dict[str, float]:
     held_out = draw(paths, source, 500, 4, "test", pixels=False)
     model, figures = lm.pretrain(pool, held_out, _checkpoints(paths, "lm"))
     with files.atomic_folder(_folder(paths, "language_model")) as folder:
-        _half(model).save_pretrained(folder)  # type: ignore[operator]
+        _half(model).save_pretrained(folder)
         text.tokenizer().save_pretrained(folder)
         s = lm.SETTINGS
         body = (
@@ -165,7 +166,7 @@ def _statistics(conditioner: TextConditioner, captions: Pool) -> dict[str, torch
 @torch.no_grad()
 def check_teacher(paths: Paths, decoder: StableDiffusionDecoder, held_out: Pool) -> dict[str, float]:
     """Object recall of scenes drawn from held-out captions, as the shipped recogniser sees them."""
-    judge = recogniser.SceneRecogniser.load(_folder(paths, "recogniser"))
+    judge = SceneRecogniser.load(_folder(paths, "recogniser"))
     figures = {}
     for guidance in (1.0, 2.0, 3.0):
         with torch.autocast("cpu", torch.bfloat16):

@@ -55,7 +55,8 @@ class _Objective(nn.Module):
         drawn = self.vae.decode(posterior.sample(generator)).sample.float()
         mean, logvar = posterior.mean.float(), posterior.logvar.float()
         kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
-        return F.l1_loss(drawn, x) + 2 * F.mse_loss(drawn, x) + 2e-4 * kl
+        loss: torch.Tensor = F.l1_loss(drawn, x) + 2 * F.mse_loss(drawn, x) + 2e-4 * kl
+        return loss
 
 
 @torch.no_grad()

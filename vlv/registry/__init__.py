@@ -10,17 +10,14 @@ from vlv.registry.promotion import (
     promote,
     rollback,
 )
+from vlv.registry.registration import AUTOENCODER, CAPTIONER, Served, register
 from vlv.registry.versions import (
-    AUTOENCODER,
-    CAPTIONER,
     CHALLENGER,
     CHAMPION,
     RegistryError,
-    Served,
     Version,
     fetch,
     list_models,
-    register,
 )
 
 __all__ = [

@@ -68,7 +68,7 @@ def training_record(
         report.write_curve(rows, record.paths.plots / f"{record.stage}.csv")
         report.plot_curve(rows, record.stage, record.paths.plots / f"{record.stage}.png")
         run.log_artifact(record.paths.plots / f"{record.stage}.png")
-        run.log_artifact(record.model, "model")
+        run.log_artifact(record.model)
         run.log_metrics({k: float(v) for k, v in record.figures.items()}, training.steps)
     for old in record.folder.glob("training-*"):
         shutil.rmtree(old)

@@ -10,7 +10,8 @@ the outbox and is shipped later, each point exactly once. By default MLflow is a
 """
 
 from vlv.tracking.outbox import FlushReport, flush_outbox, outbox_state
-from vlv.tracking.run import Run, create_parent_run, finish_run, start_run
+from vlv.tracking.parent import create_parent_run, finish_run
+from vlv.tracking.run import Run, start_run
 from vlv.tracking.store import TrackingError, prepare, tracking_uri
 
 __all__ = [

@@ -52,7 +52,7 @@ class Run:
 
     def wait_for_id(self, seconds: float | None = None) -> str | None:
         """The run's id, waiting for it at most so long (a server: 15 s, the sqlite file: 120 s)."""
-        self._shipper.started_run.wait(_patience(self._journal.head.uri) if seconds is None else seconds)
+        self._shipper.started_run.wait(patience(self._journal.head.uri) if seconds is None else seconds)
         return self.run_id
 
     def log_params(self, values: Mapping[str, Any]) -> None:
@@ -81,7 +81,7 @@ class Run:
 
     def set_tags(self, values: Mapping[str, str]) -> None:
         """Tags, overwriting earlier ones of the same name."""
-        self._journal.append("tags", values=_tags(values))
+        self._journal.append("tags", values=clean_tags(values))
 
     def log_artifact(self, path: Path, to: str = "") -> None:
         """A file, or a folder with all in it, as it is now; `to` is a folder in the run's artifacts.
@@ -157,9 +157,9 @@ def start_run(
     journal = _resume(uri, outbox.folder(paths), resume_file)
     if journal is None:
         flow = os.environ.get(FLOW_VARIABLE)
-        all_tags = _tags({**({"vlv.flow_run_id": flow} if flow else {}), "vlv.stage": name, **(tags or {})})
+        all_tags = clean_tags({**({"vlv.flow_run_id": flow} if flow else {}), "vlv.stage": name, **(tags or {})})
         parent = parent_id or os.environ.get(PARENT_VARIABLE) or None
-        journal = _create(paths, uri, name, parent, all_tags, resume_file=resume_file)
+        journal = create_journal(paths, uri, name, parent, all_tags, resume_file=resume_file)
     shipper = delivery.Shipper(journal, interval)
     run = Run(journal, shipper)
     shipper.start()
@@ -181,50 +181,7 @@ def start_run(
         if status == "FINISHED" and resume_file is not None:
             resume_file.unlink(missing_ok=True)
         run._end(status)
-        _close(shipper, journal, INTERRUPTED_CLOSE_SECONDS if status == "KILLED" else _patience(uri))
-
-
-def create_parent_run(paths: Paths, name: str, tags: Mapping[str, str] | None = None) -> str | None:
-    """Make the run that a flow's stages nest under and return its id, for VLV_PARENT_RUN_ID.
-
-    None where a server gives no answer within 15 s: the stages then stand alone, with the flow's id as tag.
-    """
-    uri = store.prepare(paths)
-    made: list[str] = []
-
-    def make() -> None:
-        try:
-            client = store.client(uri)
-            experiment = store.experiment_id(client, store.experiment_name(), store.artifact_root(paths, uri))
-            made.append(str(client.create_run(experiment, tags=_tags(tags or {}), run_name=name).info.run_id))
-        except Exception as error:  # whatever it is, the flow goes on without a parent
-            log.warning("MLflow does not answer; the flow goes on without a parent run: %s", error)
-
-    thread = threading.Thread(target=make, name="vlv-mlflow-parent", daemon=True)
-    thread.start()
-    thread.join(_patience(uri))
-    return made[0] if made else None
-
-
-def finish_run(
-    paths: Paths,
-    run_id: str,
-    status: Status,
-    *,
-    metrics: Mapping[str, float] | None = None,
-    tags: Mapping[str, str] | None = None,
-) -> bool:
-    """End a run made by `create_parent_run`, with last figures. False: it waits in the outbox."""
-    uri = store.prepare(paths)
-    journal = _create(paths, uri, "", None, {}, run_id=run_id)
-    if metrics:
-        journal.append("metrics", step=0, values=encode({clean_key(key): value for key, value in metrics.items()}))
-    if tags:
-        journal.append("tags", values=_tags(tags))
-    journal.append("finish", status=status)
-    shipper = delivery.Shipper(journal)
-    shipper.start()
-    return _close(shipper, journal, _patience(uri))
+        close_journal(shipper, journal, INTERRUPTED_CLOSE_SECONDS if status == "KILLED" else patience(uri))
 
 
 def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -238,7 +195,7 @@ def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def _create(
+def create_journal(
     paths: Paths,
     uri: str,
     name: str,
@@ -281,12 +238,12 @@ def _resume(uri: str, folder: Path, resume_file: Path | None) -> Journal | None:
     return journal
 
 
-def _patience(uri: str) -> float:
+def patience(uri: str) -> float:
     """Seconds that the end of a run waits for MLflow."""
     return LOCAL_CLOSE_SECONDS if uri.startswith("sqlite:") else CLOSE_SECONDS
 
 
-def _close(shipper: delivery.Shipper, journal: Journal, seconds: float) -> bool:
+def close_journal(shipper: delivery.Shipper, journal: Journal, seconds: float) -> bool:
     if shipper.close(seconds):
         return True
     log.warning(
@@ -309,5 +266,5 @@ def clean_key(name: str) -> str:
     return re.sub(r"[^\w\-. :/]", "_", name)[:_KEY_LIMIT]
 
 
-def _tags(values: Mapping[str, str]) -> dict[str, str]:
+def clean_tags(values: Mapping[str, str]) -> dict[str, str]:
     return {clean_key(key): str(value)[:_TAG_LIMIT] for key, value in values.items()}

@@ -1,0 +1,169 @@
+"""Registration: a model folder becomes a version that MLflow can serve by itself."""
+
+import json
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from importlib.metadata import version as installed
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from vlv import files, tracking
+from vlv.config import Paths
+from vlv.registry.versions import CHALLENGER, FIGURES_TAG, RegistryError, explained, numbers
+from vlv.tracking import store
+from vlv.tracking.run import clean_key
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+    from mlflow.entities import LoggedModel
+
+_PACKAGE = Path(__file__).parent.parent
+# What serving needs beside the package's own code, which travels with the model.
+_REQUIREMENTS = (
+    "mlflow",
+    "torch",
+    "transformers",
+    "diffusers",
+    "safetensors",
+    "tokenizers",
+    "numpy",
+    "pandas",
+    "Pillow",
+    "pydantic",
+    "PyYAML",
+    "filelock",
+)
+
+
+@dataclass(frozen=True)
+class Served:
+    """How a model is served: a models-from-code script, its columns and its parameters with defaults."""
+
+    script: Path
+    inputs: dict[str, str]
+    outputs: dict[str, str]
+    params: dict[str, int | float]
+
+
+CAPTIONER = Served(_PACKAGE / "serving" / "captioner_model.py", {"image": "string"}, {"caption": "string"}, params={})
+AUTOENCODER = Served(
+    _PACKAGE / "serving" / "autoencoder_model.py",
+    {"image": "string"},
+    {"image": "string"},
+    params={"steps": 50, "guidance": 2.0, "seed": 42},
+)
+
+
+def register(
+    paths: Paths,
+    name: str,
+    served: Served,
+    *,
+    model_folder: Path,
+    example: Mapping[str, list[str]],
+    evaluation: Path,
+    tags: Mapping[str, str],
+    run_id: str | None,
+    code: Path | None = _PACKAGE,
+) -> int:
+    """Register a model folder as a new version with the alias `challenger`, and return the version.
+
+    Args:
+        model_folder: self-contained, in Hugging Face form; `artifacts["model"]` of the script.
+        example: input columns of a few rows (images as base64); the promotion gate predicts on it.
+        evaluation: metrics/evaluate.json; kept with the version, its numbers become its figures.
+        tags: the version's lineage, see `lineage`.
+        run_id: the run that made it.
+        code: package that is stored with the version, so that later changes here do not change it.
+
+    Raises:
+        RegistryError: MLflow does not answer or refuses.
+    """
+    uri = tracking.prepare(paths)
+    figures = numbers(files.read_json(evaluation))
+    with explained(uri), tempfile.TemporaryDirectory() as scratch:
+        if run_id is None:
+            raise RegistryError("A version needs the MLflow run that made it, and MLflow gave none. Is it up?")
+        client = store.client(uri)
+        experiment = client.get_run(run_id).info.experiment_id
+        logged = client.create_logged_model(experiment, name, source_run_id=run_id, tags=dict(tags))
+        folder = Path(scratch) / "model"
+        _save(folder, logged, served, model_folder, evaluation, example, code)
+        client.log_model_artifacts(logged.model_id, str(folder))
+        _link_to_run(client, run_id, logged.model_id, figures)
+        _ensure_registered(client, name)
+        made = client.create_model_version(
+            name,
+            f"models:/{logged.model_id}",
+            run_id=run_id,
+            tags={**tags, FIGURES_TAG: json.dumps(figures)},
+            model_id=logged.model_id,
+        )
+        client.set_registered_model_alias(name, CHALLENGER, made.version)
+    return int(made.version)
+
+
+def _save(
+    folder: Path,
+    logged: "LoggedModel",
+    served: Served,
+    model_folder: Path,
+    evaluation: Path,
+    example: Mapping[str, list[str]],
+    code: Path | None,
+) -> None:
+    """Write the model as MLflow serves it.
+
+    Saved and then shipped, not by `log_model`: that one runs the model in this process, only to warn, and
+    puts it into the fluent API's active experiment, whose artifacts lie below the current folder.
+    """
+    import mlflow.pyfunc
+    import pandas as pd
+    from mlflow.models import Model, ModelSignature
+    from mlflow.types import ColSpec, ParamSchema, ParamSpec, Schema
+
+    specs = [ParamSpec(k, "double" if isinstance(v, float) else "long", v) for k, v in served.params.items()]
+    signature = ModelSignature(
+        inputs=Schema([ColSpec(kind, column) for column, kind in served.inputs.items()]),
+        outputs=Schema([ColSpec(kind, column) for column, kind in served.outputs.items()]),
+        params=ParamSchema(specs) if specs else None,  # type: ignore[arg-type]  # None is documented
+    )
+    mlflow.pyfunc.save_model(
+        path=str(folder),
+        mlflow_model=Model(
+            artifact_path=logged.artifact_location,
+            run_id=logged.source_run_id,
+            model_uuid=logged.model_id,
+            model_id=logged.model_id,
+        ),
+        python_model=str(served.script),
+        artifacts={"model": str(model_folder), "evaluation": str(evaluation)},
+        code_paths=[str(code)] if code else None,
+        signature=signature,
+        input_example=pd.DataFrame(dict(example)),
+        pip_requirements=[f"{package}=={installed(package)}" for package in _REQUIREMENTS],
+    )
+
+
+def _link_to_run(client: "MlflowClient", run_id: str, model_id: str, figures: Mapping[str, float]) -> None:
+    """Show the model among the run's outputs, and the figures on the model's page."""
+    from mlflow.entities import LoggedModelOutput, LoggedModelStatus, Metric
+
+    client.log_outputs(run_id, [LoggedModelOutput(model_id, step=0)])
+    now = int(datetime.now(UTC).timestamp() * 1000)
+    metrics = [Metric(clean_key(k), v, now, 0, model_id=model_id, run_id=run_id) for k, v in figures.items()]
+    for start in range(0, len(metrics), 1000):  # MLflow's limit
+        client.log_batch(run_id, metrics=metrics[start : start + 1000])
+    client.finalize_logged_model(model_id, LoggedModelStatus.READY)
+
+
+def _ensure_registered(client: "MlflowClient", name: str) -> None:
+    from mlflow.exceptions import MlflowException
+
+    try:
+        client.create_registered_model(name)
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_ALREADY_EXISTS":
+            raise
