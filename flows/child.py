@@ -16,6 +16,7 @@ import psutil
 
 GRACE_SECONDS = 20.0  # a trainer saves in this time; Prefect's worker itself waits 30 s before it kills
 _LINGER_SECONDS = 2.0  # for a pipe that a leftover grandchild keeps open
+_KILLED_SECONDS = 5.0  # for the kernel to take away what was killed
 _PROGRESS_SECONDS = 5.0  # a progress bar is told this often at most
 _TAIL_LINES = 200
 _ANSI = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
@@ -157,5 +158,7 @@ def _end(process: subprocess.Popen[bytes], grace: float) -> None:
             while time.monotonic() < deadline and (process.poll() is None or any(map(_runs, left))):
                 time.sleep(0.1)
     finally:
-        _signal([p for p in {*left, *_alive(process)} if _runs(p)], signal.SIGKILL)
+        killed = [p for p in {*left, *_alive(process)} if _runs(p)]
+        _signal(killed, signal.SIGKILL)
         process.wait()
+        psutil.wait_procs(killed, timeout=_KILLED_SECONDS)

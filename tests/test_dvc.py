@@ -60,21 +60,23 @@ def test_a_stage2_parameter_runs_stage2_and_what_follows(project: Path) -> None:
     assert model and all(path.read_bytes() == content for path, content in model.items())
     # what changed, in DVC's own words
     assert json.loads(_dvc(project, "params", "diff", "--json").stdout) == {
-        "params.yaml": {"stage2.seed": {"old": 2, "new": 3}}
+        "params.yaml": {"stage2.seed": {"old": 2, "new": 3, "diff": 1}}
     }
     changed = json.loads(_dvc(project, "metrics", "diff", "--json").stdout)
     assert "metrics/stage2.json" in changed and "metrics/stage1.json" not in changed
     shown = _dvc(project, "plots", "show", "--out", "shown").stdout
     page = (project / "shown" / "index.html").read_text(encoding="utf-8")
-    assert "index.html" in shown and "plots/stage1.csv" in page and "evaluate_grid" in page
+    assert "index.html" in shown and "Stage 1: denoising loss" in page and "evaluate_grid" in page
 
 
 def test_a_fresh_clone_makes_the_pinned_data_without_a_remote(finished: Path, tmp_path: Path) -> None:
     clone = _clone(finished, tmp_path / "clone")
     assert not (clone / "data").exists()
+    pin = (clone / "data.dvc").read_bytes()
     for command in ("download", "verify"):
         done = projects.run(projects.python("-m", "vlv", "data", command), clone)
         assert done.returncode == 0, done.stderr
+    assert (clone / "data.dvc").read_bytes() == pin
     assert json.loads(_dvc(clone, "status", "--json", "data.dvc").stdout) == {}
     stale = json.loads(_dvc(clone, "status", "--json").stdout)
     assert set(stale) == set(STAGES)  # results are pinned, the models are not there: all of it runs

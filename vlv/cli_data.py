@@ -103,14 +103,18 @@ def _pin_if_other(paths: Paths) -> None:
     from vlv import pinning
     from vlv.data import shards
 
+    pointer = paths.root / pinning.POINTER
     try:
         source = shards.read_manifest(paths.data).source
+        if pinning.wanted(paths, source):
+            shards.verify(paths.data, None)
+            pinning.pin(paths, source)
+            typer.echo(f"Pinned in {pinning.POINTER} (commit it)")
+        elif pointer.exists() and (paths.root / ".dvc").is_dir() and not pinning.is_kept(paths):
+            shards.verify(paths.data, pointer)  # a fresh clone made the pinned data again: DVC may know it
+            pinning.keep(paths)
     except shards.DataError:
-        return
-    if pinning.wanted(paths, source):
-        shards.verify(paths.data, None)
-        pinning.pin(paths, source)
-        typer.echo(f"Pinned in {pinning.POINTER} (commit it)")
+        return  # `data verify` says what is wrong
 
 
 def _fetch_assets(chosen: Config, paths: Paths) -> None:

@@ -41,13 +41,32 @@ def wanted(paths: Paths, source: dict[str, Any]) -> bool:
     return before is not None and before != source
 
 
+def is_kept(paths: Paths) -> bool:
+    """Whether DVC's cache has the pinned data. Without it `dvc repro` calls data.dvc changed."""
+    value = yaml.safe_load((paths.root / POINTER).read_text(encoding="utf-8"))
+    md5 = str(value["outs"][0]["md5"])
+    return (paths.root / ".dvc" / "cache" / "files" / "md5" / md5[:2] / md5[2:]).exists()
+
+
 def pin(paths: Paths, source: dict[str, Any]) -> None:
     """Make data.dvc pin data/ as it is now. Raises `PinError`."""
-    command = [sys.executable, "-m", "dvc", "add", "--quiet", "data"]
-    done = subprocess.run(command, cwd=paths.root, capture_output=True, text=True, check=False)
-    if done.returncode != 0:
-        raise PinError(f"dvc add data failed: {done.stderr.strip() or done.stdout.strip()}")
+    _add(paths)
     pointer = paths.root / POINTER
     value = yaml.safe_load(pointer.read_text(encoding="utf-8"))
     value["meta"] = {**(value.get("meta") or {}), "made_from": source}
     files.write_text(pointer, yaml.safe_dump(value, sort_keys=False))
+
+
+def keep(paths: Paths) -> None:
+    """Put data/, which has to be the pinned data, into DVC's cache. Raises `PinError`."""
+    pointer = paths.root / POINTER
+    text = pointer.read_text(encoding="utf-8")
+    _add(paths)
+    files.write_text(pointer, text)  # dvc add writes the same in another order, which git would call a change
+
+
+def _add(paths: Paths) -> None:
+    command = [sys.executable, "-m", "dvc", "add", "--quiet", "data"]
+    done = subprocess.run(command, cwd=paths.root, capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        raise PinError(f"dvc add data failed: {done.stderr.strip() or done.stdout.strip()}")
