@@ -70,7 +70,7 @@ class Data(Section):
 
 
 class Encoder(Section):
-    """The vision encoder: Florence-2 with learnable queries (paper section 3.1)."""
+    """The vision encoder: Florence-2 with learnable queries (arXiv 2507.07104)."""
 
     pretrained: str = Field(description="reference to a Florence-2 in Hugging Face form")
     weights: Weights = Field(description="'random' keeps the architecture and draws new weights (a control)")
@@ -162,7 +162,7 @@ class Training(Section):
 
 
 class Stage1(Training):
-    """Stage 1: images only (paper section 3.2)."""
+    """Stage 1: images only (arXiv 2507.07104)."""
 
     learn: Literal["language_model", "decoder_only", "all", "queries_only"] = Field(
         description="what learns in the encoder besides queries and projection"
@@ -184,7 +184,7 @@ class Stage1(Training):
 
 
 class Stage2(Training):
-    """Stage 2: image-caption pairs (paper section 3.3)."""
+    """Stage 2: image-caption pairs (arXiv 2507.07104)."""
 
     learn: Literal["mlp", "mlp+llm"] = Field(description="what learns")
     max_caption_tokens: Positive = Field(description="longer captions are cut (and counted)")

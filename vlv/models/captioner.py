@@ -1,4 +1,4 @@
-"""The captioner: context -> MLP -> prefix of a causal language model (paper section 3.3)."""
+"""The captioner: context -> MLP -> prefix of a causal language model (arXiv 2507.07104)."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

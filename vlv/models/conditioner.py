@@ -34,7 +34,7 @@ class TextConditioner(nn.Module):
         """Caption embeddings (B, Q, W) -> context (B, Q, W).
 
         Through the frozen text encoder as its input embeddings (positions added, causal mask, final norm;
-        paper section 3.1), or unchanged where `use_text_encoder` is off.
+        arXiv 2507.07104), or unchanged where `use_text_encoder` is off.
         """
         return self._encode(inputs_embeds=embeddings) if self.use_text_encoder else embeddings
 

@@ -1,4 +1,4 @@
-"""The vision encoder: images -> caption embeddings (paper section 3.1).
+"""The vision encoder: images -> caption embeddings (arXiv 2507.07104).
 
 Florence-2 whose decoder reads learnable queries instead of words; its states, projected to the text encoder's
 width, are the caption embeddings.

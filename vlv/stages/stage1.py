@@ -1,4 +1,4 @@
-"""Stage 1: train the auto-encoder on images alone (paper section 3.2)."""
+"""Stage 1: train the auto-encoder on images alone (arXiv 2507.07104)."""
 
 from collections.abc import Callable, Iterator
 from typing import Any

@@ -1,4 +1,4 @@
-"""Stage 2: train the captioner on image-caption pairs, on Stage 1's embeddings (paper section 3.3)."""
+"""Stage 2: train the captioner on image-caption pairs, on Stage 1's embeddings (arXiv 2507.07104)."""
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
