@@ -1,0 +1,85 @@
+"""Typed configuration: one section for each part and stage, as in params.yaml.
+
+A profile (configs/NAME.yaml) is a whole params.yaml. Sections are strict: an unknown key or a value outside
+its range is an error that names the key. Nothing here imports torch, so that `vlv --help` is instant.
+"""
+
+from typing import Annotated, Any
+
+import yaml
+from pydantic import Field, ValidationError, model_validator
+
+from vlv import files
+from vlv.config.base import ConfigError, Precision, Section, Weights
+from vlv.config.data import Data, DataGate, ImportedSource, ScenesSource
+from vlv.config.models import Decoder, Encoder, LanguageModel
+from vlv.config.paths import Paths
+from vlv.config.results import Evaluate, Register
+from vlv.config.training import Optimizer, Stage1, Stage2, Timesteps, Training
+
+__all__ = [
+    "Config", "ConfigError", "Data", "DataGate", "Decoder", "Encoder", "Evaluate", "ImportedSource", "LanguageModel",
+    "Optimizer", "Paths", "Precision", "Register", "ScenesSource", "Section", "Stage1", "Stage2", "Timesteps",
+    "Training", "Weights", "load", "parse", "profiles", "use",
+]  # fmt: skip
+
+
+class Config(Section):
+    """A whole params.yaml."""
+
+    profile: str
+    data: Data
+    encoder: Encoder
+    decoder: Decoder
+    language_model: LanguageModel
+    stage1: Stage1
+    stage2: Stage2
+    evaluate: Evaluate
+    register_: Annotated[Register, Field(alias="register")]
+
+    @model_validator(mode="after")
+    def _check(self) -> "Config":
+        if self.evaluate.reconstructions > self.evaluate.captions:
+            raise ValueError("evaluate.reconstructions must not exceed evaluate.captions")
+        return self
+
+
+def parse(text: str, name: str) -> Config:
+    """Check the YAML text of a params.yaml or profile; `name` is what an error calls it.
+
+    Raises:
+        ConfigError: not YAML, an unknown key, or a value of a wrong type or range.
+    """
+    try:
+        value: Any = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{name} is not valid YAML: {error}") from error
+    try:
+        return Config.model_validate(value)
+    except ValidationError as error:
+        lines = [f"  {'.'.join(map(str, e['loc'])) or '(whole file)'}: {e['msg']}" for e in error.errors()]
+        raise ConfigError(f"{name} has {len(lines)} error(s):\n" + "\n".join(lines)) from error
+
+
+def load(paths: Paths) -> Config:
+    """Read params.yaml."""
+    if not paths.params.exists():
+        raise ConfigError(f"{paths.params} does not exist. Write one with: vlv config use tiny")
+    return parse(paths.params.read_text(encoding="utf-8"), str(paths.params))
+
+
+def profiles(paths: Paths) -> list[str]:
+    """Names of the profiles in configs/."""
+    return sorted(path.stem for path in (paths.root / "configs").glob("*.yaml"))
+
+
+def use(paths: Paths, profile: str) -> Config:
+    """Write a profile into params.yaml, where DVC sees it. Nothing is written if it is not valid."""
+    source = paths.root / "configs" / f"{profile}.yaml"
+    if not source.exists():
+        raise ConfigError(f"There is no profile {profile!r}; there are: {', '.join(profiles(paths))}")
+    text = source.read_text(encoding="utf-8")
+    config = parse(text, str(source))
+    if not paths.params.exists() or paths.params.read_text(encoding="utf-8") != text:
+        files.write_text(paths.params, text)
+    return config

@@ -1,0 +1,45 @@
+"""The raw data under data/ and the gate it passes."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from vlv.config.base import Positive, Section, Share
+
+
+class ScenesSource(Section):
+    """Emoji scenes, drawn on the spot (vlv.scenes)."""
+
+    kind: Literal["scenes"]
+    sprites: str = Field(description="asset reference to Twemoji's 72x72 PNG files")
+    train: Positive
+    validation: Positive
+    test: Positive
+    seed: int = 0
+
+
+class ImportedSource(Section):
+    """Images brought in by `vlv data import`; the command records here where they came from."""
+
+    kind: Literal["imported"]
+    description: str = Field(description="where the images come from; shown in reports")
+
+
+class DataGate(Section):
+    """Bounds that the Great Expectations gate holds the data to."""
+
+    min_side: Positive = Field(description="pixels, shorter side")
+    max_aspect: Annotated[float, Field(ge=1.0)] = Field(description="longer side / shorter side")
+    caption_words_min: Annotated[int, Field(ge=0)]
+    caption_words_max: Positive
+    max_duplicate_share: Share = Field(description="share of samples whose image bytes appear elsewhere")
+    captions_required: bool = Field(description="False where only Stage 1 is to be trained")
+
+
+class Data(Section):
+    """The raw data under data/: what it is made from and what it must satisfy."""
+
+    source: ScenesSource | ImportedSource = Field(discriminator="kind")
+    image_size: Positive = Field(description="pixels; images are scaled and cropped to this square")
+    shard_size: Annotated[int, Field(gt=0, le=10_000)] = Field(description="samples in one tar")
+    gate: DataGate

@@ -1,0 +1,50 @@
+"""The parts: vision encoder, frozen text-to-image decoder, language model."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from vlv.config.base import Positive, Section, Weights
+
+
+class Encoder(Section):
+    """The vision encoder: Florence-2 with learnable queries (arXiv 2507.07104)."""
+
+    pretrained: str = Field(description="reference to a Florence-2 in Hugging Face form")
+    weights: Weights = Field(description="'random' keeps the architecture and draws new weights (a control)")
+    architecture: str | None = Field(
+        default=None, description="folder with config.json, where the weights are not at hand"
+    )
+    image_size: Positive = Field(description="pixels; the vision tower's input (paper: 768)")
+    prompt: str = Field(description="task prompt that follows the image features; may be empty")
+    queries: Positive = Field(description="learnable queries = caption embeddings (paper: 77)")
+    projection_width: Positive = Field(description="hidden width of language_proj")
+    start_on_text_side: bool = Field(
+        description="normalise the projection and start it at the text side's per-position mean and spread"
+    )
+    start_gain: Annotated[float, Field(gt=0)] = Field(default=0.5, description="share of that spread at the start")
+
+
+class Decoder(Section):
+    """The frozen text-to-image model."""
+
+    kind: Literal["stable_diffusion"]
+    pretrained: str = Field(
+        description="reference to a diffusers folder: vae, unet, text_encoder, tokenizer, scheduler"
+    )
+    weights: Weights
+    architecture: str | None = None
+    image_size: Positive = Field(description="pixels; what it draws (paper: 384)")
+    use_text_encoder: bool = Field(
+        description="True: caption embeddings pass the frozen text encoder (the paper's headline); "
+        "False: they are the cross-attention context itself (the release's other choice)"
+    )
+
+
+class LanguageModel(Section):
+    """The causal language model that writes the caption."""
+
+    pretrained: str = Field(description="reference to a causal LM and its tokenizer, any Auto class")
+    weights: Weights
+    architecture: str | None = None
+    prefix_width: Positive = Field(description="hidden width of the MLP between context and LM")

@@ -1,0 +1,32 @@
+"""What happens to trained models: evaluation, registration."""
+
+from typing import Annotated
+
+from pydantic import Field
+
+from vlv.config.base import Positive, Section
+
+
+class Evaluate(Section):
+    """Evaluation on the test split."""
+
+    captions: Positive = Field(description="test scenes or images to caption")
+    reconstructions: Positive = Field(description="test images to reconstruct; FID uses as many")
+    guidance: Annotated[float, Field(ge=1.0)]
+    steps: Positive = Field(description="sampler steps")
+    seed: int
+    batch_size: Positive
+    feature_network: str | None = Field(description="asset reference to the Inception network; null: no FID")
+    sentence_model: str | None = Field(default=None, description="asset reference to a sentence-embedding model")
+    recogniser: str | None = Field(
+        default=None, description="reference to the scene recogniser; null where there is no known truth"
+    )
+    untrained_floor: bool = Field(description="also train Stage 2 on an untrained Stage 1, as a floor")
+
+
+class Register(Section):
+    """Registration and promotion."""
+
+    captioner_name: str
+    autoencoder_name: str
+    promote: bool = Field(description="the flow promotes the new version if it passes the gates")
