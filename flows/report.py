@@ -23,6 +23,7 @@ SCENES = {
     "position_accuracy": ("position", 3),
     "exact_match": ("exact scene", 3),
 }
+CAPTIONS = {"similarity": ("cosine of sentence embeddings", 3)}
 RECONSTRUCTION = {"object_recall": ("object recall", 3), "psnr": ("PSNR, dB", 2), "fid": ("FID", 2)}
 
 
@@ -71,6 +72,8 @@ def figures(paths: Paths) -> list[Figures]:
     if scenes := measured.get("scenes"):
         title = f"Captions of {scenes.get('n', '?')} held-out scenes, counted against the known truth"
         tables.append(_table(title, SCENES, scenes, {}))
+    if captions := measured.get("captions"):
+        tables.append(_table(f"{captions.get('n', '?')} captions against the true ones", CAPTIONS, captions, {}))
     if reconstruction := measured.get("reconstruction"):
         references = {"ceiling": "teacher, true caption", "vae": "VAE round trip"}
         title = f"Reconstructions of {reconstruction.get('n', '?')} held-out images"
@@ -100,7 +103,7 @@ def headline(paths: Paths) -> dict[str, float]:
     measured = read(paths, "evaluate")
     return {
         f"{part}.{key}": float(value)
-        for part in ("scenes", "reconstruction")
+        for part in ("scenes", "captions", "reconstruction")
         for key, value in (measured.get(part) or {}).items()
         if isinstance(value, int | float) and not isinstance(value, bool)
     }
@@ -190,7 +193,3 @@ def _side_by_side(console: Console, paths: Paths, example: Example, width: int =
             text.append("▀", style=f"rgb({top[0]},{top[1]},{top[2]}) on rgb({bottom[0]},{bottom[1]},{bottom[2]})")
         text.append("\n")
     return text
-
-
-def _rgb(pixel: Any) -> str:
-    return "rgb({},{},{})".format(*pixel)

@@ -1,80 +1,28 @@
 """The flow on a toy project: real Prefect server and worker, real DVC, real data, stages that cost nothing."""
 
-import json
 import os
 import signal
-import socket
 import subprocess
-import time
-import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
-import psutil
 import pytest
 
 from flows import graph, tasks
-from tests import projects
+from tests import projects, servers
 from vlv.config import ConfigError
-
-_PATIENCE = 400.0  # seconds, for what takes a few on a quiet machine
 
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
     """A Prefect server of its own; yields the environment that leads there."""
-    home = tmp_path_factory.mktemp("prefect")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    where = {"PREFECT_HOME": str(home), "PREFECT_API_URL": f"http://127.0.0.1:{port}/api"}
-    command = projects.python("-m", "prefect", "server", "start", "--host", "127.0.0.1", "--port", str(port))
-    quiet = {"PREFECT_SERVER_ANALYTICS_ENABLED": "false"}
-    with (home / "server.log").open("wb") as log:
-        process = subprocess.Popen(
-            command, cwd=home, env=projects.environment(**where, **quiet), stdout=log, stderr=subprocess.STDOUT
-        )
-        try:
-            _wait(lambda: _get(where, "health") is not None, "the server")
-            yield where
-        finally:
-            process.terminate()
-            process.wait(60)
+    with servers.prefect(tmp_path_factory.mktemp("prefect")) as where:
+        yield where
 
 
 @pytest.fixture
 def toy(tmp_path: Path, sprites: Path) -> Path:
     return projects.toy(tmp_path / "toy", sprites)
-
-
-def _get(where: dict[str, str], path: str, body: object = None) -> object | None:
-    """The answer of the server's API, or None while there is none."""
-    data = None if body is None else json.dumps(body).encode()
-    headers = {"Content-Type": "application/json"}
-    request = urllib.request.Request(f"{where['PREFECT_API_URL']}/{path}", data=data, headers=headers)
-    try:
-        with urllib.request.urlopen(request, timeout=30) as answer:
-            return json.load(answer)
-    except OSError:
-        return None
-
-
-def _wait(condition: Callable[[], bool], what: str) -> None:
-    deadline = time.monotonic() + _PATIENCE
-    while not condition():
-        assert time.monotonic() < deadline, f"{what} did not come within {_PATIENCE:.0f} s"
-        time.sleep(0.5)
-
-
-def _ids(project: Path) -> list[int]:
-    """The process ids that the sleeping stage wrote; waits for them."""
-    file = project / "pids"
-    _wait(lambda: file.exists() and len(file.read_text().split()) == 2, "the sleeping stage")
-    return [int(one) for one in file.read_text().split()]
-
-
-def _gone(ids: list[int]) -> bool:
-    return not any(psutil.pid_exists(one) and psutil.Process(one).status() != "zombie" for one in ids)
 
 
 def _flow(project: Path, *arguments: str, **env: str) -> subprocess.CompletedProcess[str]:
@@ -159,13 +107,13 @@ def test_stopping_the_flow_ends_its_children(toy: Path, server: dict[str, str], 
         text=True,
     )
     try:
-        ids = _ids(toy)
+        ids = servers.stage_processes(toy)
         process.send_signal(number)
-        _, errors = process.communicate(timeout=_PATIENCE)
+        _, errors = process.communicate(timeout=servers.PATIENCE)
     finally:
         process.kill()
     assert process.returncode == {signal.SIGINT: 130, signal.SIGTERM: 143}[number], errors
-    assert _gone(ids)
+    assert servers.gone(ids)
     # what DVC's lock file says of the dead does not keep the next run out
     assert _outcomes(_flow(toy, **server)) == {"first": "current", "middle": "ran", "last": "ran"}
 
@@ -175,53 +123,7 @@ def test_a_time_limit_ends_the_children(toy: Path, server: dict[str, str]) -> No
     done = projects.run(projects.python("-c", code), toy, **server, TOY="sleep")
     assert done.returncode == 1
     assert "exceeded timeout" in done.stdout + done.stderr
-    assert _gone(_ids(toy))
-
-
-def test_deployment_server_pool_worker_run_and_cancel(toy: Path, server: dict[str, str]) -> None:
-    """README's section "with a server", word by word; then a cancel from outside."""
-    prefect = projects.python("-m", "prefect")
-    pool = projects.run([*prefect, "work-pool", "create", "vlv", "--type", "process"], toy, **server)
-    assert pool.returncode == 0, pool.stderr
-    deployed = projects.run([*prefect, "--no-prompt", "deploy", "--all"], toy, **server)
-    assert deployed.returncode == 0, deployed.stdout + deployed.stderr
-    with (toy.parent / "worker.log").open("wb") as log:
-        worker = subprocess.Popen(
-            [*prefect, "worker", "start", "--pool", "vlv"],
-            cwd=toy,
-            env=projects.environment(**server),
-            stdout=log,
-            stderr=subprocess.STDOUT,
-        )
-        try:
-            watched = projects.run([*prefect, "deployment", "run", "vlv/full-train", "--watch"], toy, **server)
-            assert watched.returncode == 0, watched.stdout + (toy.parent / "worker.log").read_text()
-            assert (toy / "work" / "last" / "done.txt").exists()
-            assert _artifact(server, "run") is not None
-
-            (toy / "toy.py").write_text("import os; os.environ['TOY'] = 'sleep'\n" + (toy / "toy.py").read_text())
-            started = projects.run([*prefect, "deployment", "run", "vlv/full-train"], toy, **server)
-            assert started.returncode == 0, started.stdout
-            ids = _ids(toy)
-            running = _get(server, "flow_runs/filter", {"flow_runs": {"state": {"type": {"any_": ["RUNNING"]}}}})
-            assert isinstance(running, list) and len(running) == 1
-            run_id = running[0]["id"]
-            cancelled = projects.run([*prefect, "flow-run", "cancel", run_id], toy, **server)
-            assert cancelled.returncode == 0, cancelled.stderr
-            _wait(lambda: _gone(ids), "the end of the children")
-            _wait(lambda: _state(server, run_id) == "CANCELLED", "the state Cancelled")
-        finally:
-            worker.send_signal(signal.SIGTERM)
-            worker.wait(120)
-
-
-def _artifact(where: dict[str, str], key: str) -> object | None:
-    return _get(where, f"artifacts/{key}/latest")
-
-
-def _state(where: dict[str, str], run_id: str) -> str:
-    found = _get(where, f"flow_runs/{run_id}")
-    return str(found["state_type"]) if isinstance(found, dict) else ""
+    assert servers.gone(servers.stage_processes(toy))
 
 
 def test_a_second_flow_in_the_same_folder_says_who_holds_it(toy: Path, server: dict[str, str]) -> None:

@@ -5,6 +5,7 @@ The only place where a pixel range changes. Shapes: arrays are (H, W, 3) uint8, 
 """
 
 import io
+import textwrap
 from collections.abc import Sequence
 
 import numpy as np
@@ -95,11 +96,20 @@ def to_arrays(batch: torch.Tensor) -> list[Pixels]:
     return list(batch.permute(0, 2, 3, 1).cpu().numpy())
 
 
-def grid(rows: Sequence[Sequence[Pixels]], labels: Sequence[str] = (), tile: int = 128, gap: int = 4) -> Pixels:
-    """Rows of images as one picture, each tile scaled to `tile` pixels; `labels` name the rows at the left."""
+def grid(
+    rows: Sequence[Sequence[Pixels]],
+    labels: Sequence[str] = (),
+    captions: Sequence[str] = (),
+    tile: int = 128,
+    gap: int = 4,
+) -> Pixels:
+    """Rows of images as one picture: `tile` pixels each, `labels` beside the rows, `captions` under the columns."""
     columns = max(len(row) for row in rows)
     margin = 110 if labels else 0
-    canvas = Image.new("RGB", (margin + columns * (tile + gap) + gap, len(rows) * (tile + gap) + gap), (255, 255, 255))
+    texts = ["\n".join(textwrap.wrap(caption, tile // 6)) for caption in captions[:columns]]
+    below = 14 * max((text.count("\n") + 1 for text in texts), default=0)
+    size = (margin + columns * (tile + gap) + gap, len(rows) * (tile + gap) + gap + below)
+    canvas = Image.new("RGB", size, (255, 255, 255))
     draw = ImageDraw.Draw(canvas)
     for r, row in enumerate(rows):
         top = gap + r * (tile + gap)
@@ -109,4 +119,7 @@ def grid(rows: Sequence[Sequence[Pixels]], labels: Sequence[str] = (), tile: int
             small = min(pixels.shape[:2]) < tile
             how = Image.Resampling.NEAREST if small else Image.Resampling.BICUBIC
             canvas.paste(Image.fromarray(pixels).resize((tile, tile), how), (margin + gap + c * (tile + gap), top))
+    for c, text in enumerate(texts):
+        left, top = margin + gap + c * (tile + gap), len(rows) * (tile + gap) + gap
+        draw.multiline_text((left + 1, top), text, fill=(40, 40, 40), spacing=3)
     return np.asarray(canvas)

@@ -48,3 +48,6 @@ class LanguageModel(Section):
     weights: Weights
     architecture: str | None = None
     prefix_width: Positive = Field(description="hidden width of the MLP between context and LM")
+    standardise_context: bool = Field(
+        default=False, description="the MLP sees the context less its mean over the training images, over its spread"
+    )

@@ -17,7 +17,9 @@ class Evaluate(Section):
     seed: int
     batch_size: Positive
     feature_network: str | None = Field(description="asset reference to the Inception network; null: no FID")
-    sentence_model: str | None = Field(default=None, description="asset reference to a sentence-embedding model")
+    sentence_model: str | None = Field(
+        default=None, description="asset reference to a sentence-embedding model; null: no caption similarity"
+    )
     recogniser: str | None = Field(
         default=None, description="reference to the scene recogniser; null where there is no known truth"
     )

@@ -86,3 +86,12 @@ class ShardCache:
         if not self._is_current(entry):
             raise shards.DataError(f"{self._path(entry)} does not belong to shard {entry.name}; delete it")
         return safetensors.torch.load_file(self._path(entry))
+
+    def statistics(self, entries: list[ShardEntry], name: str) -> tuple[torch.Tensor, torch.Tensor]:
+        """Mean and standard deviation of a cached tensor over all samples, each of one sample's shape, float32."""
+        count, total, squares = 0, torch.zeros(()).double(), torch.zeros(()).double()
+        for entry in entries:
+            values = self.load(entry)[name].double()
+            count, total, squares = count + len(values), total + values.sum(0), squares + values.square().sum(0)
+        mean = total / count
+        return mean.float(), (squares / count - mean.square()).clamp_min(0).sqrt().float()

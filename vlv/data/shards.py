@@ -15,14 +15,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import webdataset
 from pydantic import ValidationError
 
 from vlv import files
 from vlv.config import Section
 from vlv.data import pointer as dvc_pointer
-
-webdataset.utils.enforce_security = True  # otherwise a name such as "pipe:..." would run a shell
 
 IMAGE_EXTENSIONS = ("png", "jpg", "jpeg", "webp")
 MANIFEST, TABLE = "manifest.json", "samples.parquet"
@@ -90,6 +87,9 @@ def scan_shard(path: Path) -> Iterator[Sample]:
     Raises:
         DataError: at the point where the tar is damaged; the samples before it have been yielded.
     """
+    import webdataset  # brings torch along: seconds that whoever only verifies need not wait
+
+    webdataset.utils.enforce_security = True  # otherwise a name such as "pipe:..." would run a shell
     last = "the start"
     try:
         # Our own stream, so that no file name is ever taken for a URL or a pattern.

@@ -33,16 +33,29 @@ class Stage2Batch:
 
 
 class Prefix(nn.Module):
-    """Norm, Linear-GELU-Linear and a position each: context (B, Q, C) -> prefix embeddings (B, Q, E)."""
+    """Linear-GELU-Linear and a position each: context (B, Q, C) -> prefix embeddings (B, Q, E)."""
+
+    mean: torch.Tensor
+    spread: torch.Tensor
 
     def __init__(self, queries: int, inputs: int, hidden: int, outputs: int) -> None:
         super().__init__()
-        self.norm = nn.LayerNorm(inputs)
         self.layers = nn.Sequential(nn.Linear(inputs, hidden), nn.GELU(), nn.Linear(hidden, outputs))
         self.positions = nn.Parameter(torch.randn(1, queries, outputs) * 0.02)
+        self.register_buffer("mean", torch.zeros(queries, inputs))
+        self.register_buffer("spread", torch.ones(queries, inputs))
+
+    def standardise(self, mean: torch.Tensor, spread: torch.Tensor) -> None:
+        """Measure the context against its statistics (Q, C) from now on.
+
+        Most of a context is the same for all images; what tells them apart is small beside it, and a prefix that
+        sees both at their own scale learns the small part late.
+        """
+        self.mean.copy_(mean)
+        self.spread.copy_(spread.clamp_min(1e-2))
 
     def forward(self, context: torch.Tensor) -> torch.Tensor:
-        projected: torch.Tensor = self.layers(self.norm(context))
+        projected: torch.Tensor = self.layers((context - self.mean) / self.spread)
         return projected + self.positions
 
 
@@ -132,12 +145,13 @@ class Captioner(nn.Module):
         """Write what both stages trained and the names of the frozen parts."""
         folders.save(folder, KIND, settings, paths, PARTS, self._trained(settings), card)
 
-    def _trained(self, settings: Config) -> dict[str, nn.Parameter]:
-        """Parameters that Stage 1 or Stage 2 changed."""
+    def _trained(self, settings: Config) -> dict[str, torch.Tensor]:
+        """Tensors that Stage 1 or Stage 2 changed."""
         self.encoder.set_learning(settings.stage1.learn)
         by_stage_1 = {f"encoder.{n}": p for n, p in self.encoder.named_parameters() if p.requires_grad}
         self.set_learning(settings.stage2.learn)
-        return by_stage_1 | {n: p for n, p in self.named_parameters() if p.requires_grad}
+        statistics = {"prefix.mean": self.prefix.mean, "prefix.spread": self.prefix.spread}
+        return by_stage_1 | {n: p for n, p in self.named_parameters() if p.requires_grad} | statistics
 
     @staticmethod
     def build(settings: Config, paths: Paths) -> "Captioner":

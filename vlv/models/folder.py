@@ -111,7 +111,7 @@ def restore(module: nn.Module, names: set[str], folder: Path) -> None:
             f"{folder} does not fit this model: {len(missing)} tensors are missing {missing[:4]}, "
             f"{len(unexpected)} unexpected {unexpected[:4]}."
         )
-    own = dict(module.named_parameters())
+    own = module.state_dict(keep_vars=True)
     with torch.no_grad():
         for name, tensor in tensors.items():
             if own[name].shape != tensor.shape:

@@ -13,6 +13,7 @@ from vlv.data.loader import ShardLoader
 from vlv.evaluation import frechet, report
 from vlv.evaluation.reconstruct import psnr
 from vlv.evaluation.scenes import score
+from vlv.evaluation.sentences import SentenceModel, similarity
 from vlv.images import Pixels
 from vlv.models.autoencoder import Autoencoder
 from vlv.models.captioner import Captioner
@@ -48,6 +49,10 @@ def run(settings: Config, paths: Paths) -> dict[str, Any]:
         written = _captions(captioner, test, settings)
         if test.scenes:
             result["scenes"] = _score_captions(settings, paths, written, test)
+        true = [caption for caption in test.captions if caption]
+        if settings.evaluate.sentence_model and len(true) == len(written):
+            sentences = SentenceModel(assets.resolve(settings.evaluate.sentence_model, paths))
+            result["captions"] = similarity(sentences, written, true)
         result["reconstruction"], drawn = _reconstructions(settings, paths, autoencoder, test)
         files.write_json(paths.metrics / "evaluate.json", result)
         _write_pictures(settings, paths, test, written, drawn)
@@ -211,7 +216,7 @@ def _write_pictures(
     rows = {"original": test.pixels, "reconstruction": drawn["reconstruction"], "VAE": drawn["vae"]}
     if "ceiling" in drawn:
         rows["from its caption"] = drawn["ceiling"]
-    grid = images.grid([pictures[:shown] for pictures in rows.values()], list(rows))
+    grid = images.grid([pictures[:shown] for pictures in rows.values()], list(rows), written)
     for path in (folder / "pictures" / "grid.png", paths.plots / "evaluate_grid.png"):
         files.write_bytes(path, images.encode_png(grid))
     for i in range(shown):

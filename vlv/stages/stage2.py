@@ -52,6 +52,8 @@ def train_captioner(
     cache = ShardCache(paths.cache, "context", identity, "train")
     with torch.autocast(autoencoder.device.type, torch.bfloat16, enabled=s.precision == "bf16"):
         cache.fill(paths.data, list(entries.values()), lambda x: {"context": captioner.context(x)})
+    if settings.language_model.standardise_context:
+        captioner.prefix.standardise(*cache.statistics(list(entries.values()), "context"))
     loader = ShardLoader(
         paths.data, "train", s.batch_size // s.accumulation, seed=s.seed, with_images=False,
         extra=lambda name: cache.load(entries[name]),

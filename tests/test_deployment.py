@@ -1,0 +1,117 @@
+"""README's section "with a server": real Prefect server, pool, worker, deployment; real MLflow server and registry."""
+
+import base64
+import json
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from mlflow import MlflowClient
+
+from tests import projects, servers
+
+PREFECT = projects.python("-m", "prefect")
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
+    """A Prefect server with the pool; yields the environment that leads there."""
+    with servers.prefect(tmp_path_factory.mktemp("prefect")) as where:
+        pool = projects.run([*PREFECT, "work-pool", "create", "vlv", "--type", "process"], Path.cwd(), **where)
+        assert pool.returncode == 0, pool.stderr
+        yield where
+
+
+@contextmanager
+def _worker(project: Path, env: dict[str, str]) -> Iterator[Path]:
+    """Deploys what prefect.yaml says, then a worker for it; yields the worker's log."""
+    deployed = projects.run([*PREFECT, "--no-prompt", "deploy", "--all"], project, **env)
+    assert deployed.returncode == 0, deployed.stdout + deployed.stderr
+    path = project.parent / "worker.log"
+    with path.open("wb") as log:
+        command = [*PREFECT, "worker", "start", "--pool", "vlv"]
+        worker = subprocess.Popen(
+            command, cwd=project, env=projects.environment(**env), stdout=log, stderr=subprocess.STDOUT
+        )
+        try:
+            yield path
+        finally:
+            worker.terminate()
+            worker.wait(120)
+
+
+def test_a_deployment_trains_registers_promotes_and_serves(
+    tmp_path: Path, sprites: Path, server: dict[str, str]
+) -> None:
+    project = projects.smoke(tmp_path / "smoke", sprites)
+    with servers.mlflow(tmp_path / "mlflow") as url:
+        with _worker(project, {**server, "MLFLOW_TRACKING_URI": url}) as log:
+            run = projects.run([*PREFECT, "deployment", "run", "vlv/full-train", "--watch"], project, **server)
+            assert run.returncode == 0, run.stdout + log.read_text()
+        client = MlflowClient(url)
+        commit = subprocess.check_output(["git", "rev-parse", "HEAD"], cwd=project, text=True).strip()
+        for name in ("vlv-captioner-smoke", "vlv-autoencoder-smoke"):
+            version = client.get_model_version_by_alias(name, "champion")
+            assert int(version.version) == 1
+            assert (version.tags["git_commit"], version.tags["git_dirty"]) == (commit, "false")
+        _check_runs(client, str(version.run_id))
+        assert _predict(project, url, tmp_path) == _captions_of_evaluation(project)[:1]
+    summary = servers.get(f"{server['PREFECT_API_URL']}/artifacts/run/latest")
+    assert isinstance(summary, dict) and "vlv-captioner-smoke" in str(summary["data"])
+
+
+def _check_runs(client: MlflowClient, register_run: str) -> None:
+    """One parent run; the stages' runs nest under it, the trainings with their curves, the data and its digest."""
+    register = client.get_run(register_run)
+    parent = register.data.tags["mlflow.parentRunId"]
+    nested = client.search_runs([register.info.experiment_id], f"tags.`mlflow.parentRunId` = '{parent}'")
+    by_stage = {run.info.run_name: run for run in nested}
+    assert set(by_stage) == {"validate", "stage1", "stage2", "evaluate", "register"}
+    curve = client.get_metric_history(by_stage["stage1"].info.run_id, "loss")
+    assert [point.step for point in curve] == [2, 4, 6, 8, 10, 12]
+    (data,) = by_stage["stage1"].inputs.dataset_inputs
+    assert data.dataset.digest
+
+
+def _predict(project: Path, url: str, scratch: Path) -> list[str]:
+    """The first test image, sent as README says."""
+    image = next((project / "work" / "evaluate" / "pictures").glob("*-original.png")).read_bytes()
+    question, answer = scratch / "images.json", scratch / "captions.json"
+    rows = {"columns": ["image"], "data": [[base64.b64encode(image).decode()]]}
+    question.write_text(json.dumps({"dataframe_split": rows}))
+    command = projects.python("-m", "mlflow", "models", "predict", "-m", "models:/vlv-captioner-smoke@champion")
+    options = ["--env-manager", "local", "-i", str(question), "-o", str(answer)]
+    done = projects.run([*command, *options], scratch, MLFLOW_TRACKING_URI=url)
+    assert done.returncode == 0, done.stderr
+    predictions: list[dict[str, Any]] = json.loads(answer.read_text())["predictions"]
+    return [row["caption"] for row in predictions]
+
+
+def _captions_of_evaluation(project: Path) -> list[str]:
+    captions = json.loads((project / "work" / "evaluate" / "captions.json").read_text())
+    return [row["written"] for row in captions]
+
+
+def test_a_cancel_ends_the_children(tmp_path: Path, sprites: Path, server: dict[str, str]) -> None:
+    toy = projects.toy(tmp_path / "toy", sprites)
+    api = server["PREFECT_API_URL"]
+    with _worker(toy, {**server, "TOY": "sleep"}) as log:
+        started = projects.run([*PREFECT, "deployment", "run", "vlv/full-train"], toy, **server)
+        assert started.returncode == 0, started.stdout
+        ids = servers.stage_processes(toy)
+        wanted = {"flow_runs": {"state": {"type": {"any_": ["RUNNING"]}}}}
+        running = servers.get(f"{api}/flow_runs/filter", wanted)
+        assert isinstance(running, list) and len(running) == 1, log.read_text()
+        run = running[0]["id"]
+        cancelled = projects.run([*PREFECT, "flow-run", "cancel", run], toy, **server)
+        assert cancelled.returncode == 0, cancelled.stderr
+        servers.wait(lambda: servers.gone(ids), "the end of the children")
+
+        def state() -> object:
+            found = servers.get(f"{api}/flow_runs/{run}")
+            return found.get("state_type") if isinstance(found, dict) else None
+
+        servers.wait(lambda: state() == "CANCELLED", "the state Cancelled")

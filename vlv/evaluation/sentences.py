@@ -1,0 +1,37 @@
+"""Sentence similarity: how close written captions are to the true ones where no counted truth is known."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from transformers import AutoModel, AutoTokenizer
+
+
+class SentenceModel:
+    """A sentence-transformers model with mean pooling (Reimers and Gurevych 2019), such as all-MiniLM-L6-v2."""
+
+    def __init__(self, folder: Path) -> None:
+        self._tokenizer = AutoTokenizer.from_pretrained(folder)
+        self._model: Any = AutoModel.from_pretrained(folder, use_safetensors=True).eval()
+
+    @torch.no_grad()
+    def embed(self, sentences: Sequence[str], batch_size: int = 64) -> torch.Tensor:
+        """Unit vectors (N, D), float32; tokens beyond the model's length are cut."""
+        parts = []
+        for i in range(0, len(sentences), batch_size):
+            chosen = list(sentences[i : i + batch_size])
+            inputs = self._tokenizer(chosen, padding=True, truncation=True, max_length=256, return_tensors="pt")
+            states = self._model(**inputs).last_hidden_state
+            mask = inputs["attention_mask"][..., None].to(states.dtype)
+            parts.append(F.normalize((states * mask).sum(1) / mask.sum(1), dim=-1))
+        return torch.cat(parts)
+
+
+def similarity(model: SentenceModel, written: Sequence[str], true: Sequence[str]) -> dict[str, Any]:
+    """Mean cosine in [-1, 1] of each caption with its own true one, and with another image's as the floor."""
+    ours, theirs = model.embed(written), model.embed(true)
+    own, another = ((x * theirs).sum(-1).mean().item() for x in (ours, ours.roll(-1, 0)))
+    floors = {"shuffled": {"similarity": round(another, 4)}}
+    return {"n": len(written), "similarity": round(own, 4), "floors": floors}
