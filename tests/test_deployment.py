@@ -115,3 +115,24 @@ def test_a_cancel_ends_the_children(tmp_path: Path, sprites: Path, server: dict[
             return found.get("state_type") if isinstance(found, dict) else None
 
         servers.wait(lambda: state() == "CANCELLED", "the state Cancelled")
+
+
+def test_the_kubernetes_deployment_registers_with_its_job_template(tmp_path: Path, server: dict[str, str]) -> None:
+    project = projects.bare(tmp_path / "project")
+    template = ["--base-job-template", "configs/cluster/kubernetes-job.json"]
+    made = projects.run(
+        [*PREFECT, "work-pool", "create", "vlv-gpus", "--type", "kubernetes", *template], project, **server
+    )
+    assert made.returncode == 0, made.stdout + made.stderr
+    file = ["--prefect-file", "configs/cluster/prefect-kubernetes.yaml"]
+    deployed = projects.run([*PREFECT, "--no-prompt", "deploy", "--all", *file], project, **server)
+    assert deployed.returncode == 0, deployed.stdout + deployed.stderr
+    deployment = servers.get(f"{server['PREFECT_API_URL']}/deployments/name/vlv/full-train-gpus")
+    assert isinstance(deployment, dict)
+    assert (deployment["work_pool_name"], deployment["job_variables"]["gpus"]) == ("vlv-gpus", 8)
+    pool = servers.get(f"{server['PREFECT_API_URL']}/work_pools/vlv-gpus")
+    assert isinstance(pool, dict)
+    container = pool["base_job_template"]["job_configuration"]["job_manifest"]["spec"]["template"]["spec"][
+        "containers"
+    ][0]
+    assert container["resources"]["limits"]["nvidia.com/gpu"] == "{{ gpus }}"

@@ -156,11 +156,3 @@ def test_every_profile_fits_the_schema_and_the_graph(profile: str) -> None:
             for step in key.split("."):
                 assert step in value, f"{path.name} lacks {key}, which dvc.yaml tracks"
                 value = value[step]
-
-
-def test_committed_parameters_are_a_profile_and_its_data_is_pinned() -> None:
-    text = (ROOT / "params.yaml").read_text(encoding="utf-8")
-    settings = config.parse(text, "params.yaml")
-    assert text == (ROOT / "configs" / f"{settings.profile}.yaml").read_text(encoding="utf-8")
-    made_from = yaml.safe_load((ROOT / "data.dvc").read_text(encoding="utf-8"))["meta"]["made_from"]
-    assert made_from.items() >= settings.data.source.model_dump().items()
