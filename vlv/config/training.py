@@ -51,7 +51,7 @@ class Training(Section):
     )
     frozen_precision: Precision = Field(
         default="fp32",
-        description="how the matrices of frozen parts are stored; bf16 halves them, needs precision bf16",
+        description="how frozen Linear and convolution weights are stored; bf16 halves them, needs precision bf16",
     )
     seed: int
     checkpoint_every: Positive = Field(description="steps")

@@ -40,10 +40,11 @@ def recompute(module: nn.Module) -> int:
 
 
 def store_frozen_in_bf16(module: nn.Module) -> None:
-    """Matrices of frozen parts in bfloat16: half the memory. Autocast computes with them so anyway.
+    """Weights of frozen Linear and convolution layers in bfloat16: half the memory, the same numbers.
 
-    Vectors (biases, norms) and what learns stay in float32.
+    Autocast rounds these very weights in each step. Embeddings, biases and norms, which it leaves alone, and what
+    learns stay in float32.
     """
-    for parameter in module.parameters():
-        if not parameter.requires_grad and parameter.ndim >= 2:
-            parameter.data = parameter.data.to(torch.bfloat16)
+    for part in module.modules():
+        if isinstance(part, nn.Linear | nn.modules.conv._ConvNd) and not part.weight.requires_grad:
+            part.weight.data = part.weight.data.to(torch.bfloat16)

@@ -55,7 +55,7 @@ def join(minutes: float = 30.0) -> torch.device:
         MissingProcessError: not all came within `minutes`.
         ConfigError: more processes here than GPUs.
     """
-    here, cpu = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), os.environ.get("ACCELERATE_USE_CPU", "false") == "true"
+    here, cpu = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), _asked("ACCELERATE_USE_CPU")
     if not cpu and here > 1 and here > torch.cuda.device_count():
         raise ConfigError(
             f"{here} processes were started, but this machine has {torch.cuda.device_count()} GPUs. Set num_processes "
@@ -80,8 +80,7 @@ def accelerator(settings: Training) -> Accelerator:
     bf16 is arithmetic only (autocast): what learns is stored, averaged over processes and stepped in float32.
     """
     join()
-    deepspeed = os.environ.get("ACCELERATE_USE_DEEPSPEED", "false") == "true"
-    sharded = os.environ.get("ACCELERATE_USE_FSDP", "false") == "true"
+    deepspeed, sharded = _asked("ACCELERATE_USE_DEEPSPEED"), _asked("ACCELERATE_USE_FSDP")
     # Without a dtype for parameters FSDP leaves the casts to autocast, as with one process.
     policy = MixedPrecisionPolicy(reduce_dtype=torch.float32)
     plan = FullyShardedDataParallelPlugin(mixed_precision_policy=policy) if sharded else None
@@ -105,6 +104,10 @@ def accelerator(settings: Training) -> Accelerator:
         plugin["gradient_clipping"] = settings.optimizer.clip_norm
     set_seed(settings.seed)
     return runtime
+
+
+def _asked(variable: str) -> bool:
+    return os.environ.get(variable, "false").lower() == "true"
 
 
 def share(settings: Training, samples: int) -> int:
