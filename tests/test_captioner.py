@@ -1,5 +1,7 @@
 """Stage 2's model against the stock language model, and that it stops at its end."""
 
+from pathlib import Path
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -87,3 +89,17 @@ def test_labels_of_the_loss_shift_by_one(captioner: Captioner) -> None:
     assert captioner(a, torch.Generator()).item() == pytest.approx(
         F.cross_entropy(logits, torch.tensor([5])).item(), rel=1e-5
     )
+
+
+def test_a_standardised_prefix_sees_differences_at_one_scale_and_is_saved_so(paths: Paths, tmp_path: Path) -> None:
+    captioner = Captioner.build(_smoke(), paths)
+    context = torch.randn(500, 8, 128) * 0.1 + 7.0
+    before = captioner.prefix(context)
+    captioner.prefix.standardise(context.mean(0), context.std(0))
+    seen = (context - captioner.prefix.mean) / captioner.prefix.spread
+    assert seen.mean().abs() < 1e-3 and abs(seen.std() - 1) < 1e-2
+    assert torch.allclose(captioner.prefix(context), captioner.prefix.layers(seen) + captioner.prefix.positions)
+    assert captioner.prefix(context).std(0).mean() > 3 * before.std(0).mean()
+    captioner.save(tmp_path / "model", _smoke(), paths, "card")
+    loaded = Captioner.load(tmp_path / "model", paths)
+    assert torch.equal(loaded.prefix(context), captioner.prefix(context))
