@@ -46,7 +46,7 @@ def _same(folder: Path, reference: Path) -> None:
     assert _losses(folder) == pytest.approx(_losses(reference), abs=TOLERANCE)
     assert _samples(folder) == _samples(reference)
     ours, theirs = files.read_json(folder / "trained.json"), files.read_json(reference / "trained.json")
-    assert ours == pytest.approx(theirs, rel=1e-4)
+    assert ours == pytest.approx(theirs, rel=1e-4, abs=1e-6)
 
 
 @pytest.fixture(scope="module")
@@ -101,14 +101,12 @@ def test_one_process_goes_on_where_more_stopped(ddp: Path, alone: Path, data: Pa
 
 
 def test_sharded_parameters_train_save_and_go_on_the_same(ddp: Path, alone: Path, data: Path, tmp_path: Path) -> None:
-    """FSDP 2, with recomputed activations; the last one goes on from what DDP left."""
+    """FSDP 2: Stage 2 from the start; Stage 1, its activations recomputed, from what DDP left."""
     _continue(ddp / "stopped", tmp_path / "from_ddp")
     _together("cpu-fsdp", [
-        {"stage": "stage1", "data": data, "folder": tmp_path / "stage1", "gradient_checkpointing": True},
         {"stage": "stage2", "data": data, "folder": tmp_path / "stage2", "accumulation": 2},
-        {"stage": "stage1", "data": data, "folder": tmp_path / "from_ddp"},
+        {"stage": "stage1", "data": data, "folder": tmp_path / "from_ddp", "gradient_checkpointing": True},
     ])  # fmt: skip
-    _same(tmp_path / "stage1", alone / "stage1")
     _same(tmp_path / "stage2", alone / "stage2")
     _same(tmp_path / "from_ddp", alone / "stage1")
 

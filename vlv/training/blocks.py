@@ -45,6 +45,9 @@ def store_frozen_in_bf16(module: nn.Module) -> None:
     Autocast rounds these very weights in each step. Embeddings, biases and norms, which it leaves alone, and what
     learns stay in float32.
     """
+    words = {id(part.weight) for part in module.modules() if isinstance(part, nn.Embedding)}  # some heads share them
     for part in module.modules():
-        if isinstance(part, nn.Linear | nn.modules.conv._ConvNd) and not part.weight.requires_grad:
+        if not isinstance(part, nn.Linear | nn.modules.conv._ConvNd) or id(part.weight) in words:
+            continue
+        if not part.weight.requires_grad:
             part.weight.data = part.weight.data.to(torch.bfloat16)

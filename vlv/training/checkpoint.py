@@ -53,7 +53,7 @@ class _Stored(Mapping[str, torch.Tensor]):
         if name not in self._names:
             raise KeyError(name)
         tensor: torch.Tensor = self._file.get_tensor(name)
-        return tensor
+        return tensor.clone()  # what it gives is the mapped file, which goes when newer checkpoints come
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._names)

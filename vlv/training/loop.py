@@ -172,7 +172,7 @@ class _Loop:
                 loss = self.model(part, runtime.part_generator(s, step, number)) * share
                 self.accelerator.backward(loss)
             losses.append(loss.detach())
-        mine = torch.stack(losses).double().sum().item() / runtime.world()
+        mine = sum(torch.stack(losses).tolist()) / runtime.world()
         total, stopping = parallel.agree([mine, float(bool(stop))], self.device)
         if not math.isfinite(total):
             raise DivergedError(
