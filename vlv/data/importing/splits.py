@@ -34,7 +34,8 @@ class Shares:
 
     def wanted(self) -> set[Split]:
         """Splits that are to have images."""
-        return {"train"} | ({"validation"} if self.validation else set()) | ({"test"} if self.test else set())
+        shares: dict[Split, float] = {"train": 1.0, "validation": self.validation, "test": self.test}
+        return {split for split, share in shares.items() if share}
 
     def filled(self, contents: list[str]) -> dict[str, Split]:
         """The splits of a small set: as `split_of`, but each gets an image if there are enough.

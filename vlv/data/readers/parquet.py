@@ -116,7 +116,7 @@ class ParquetReader:
 
 
 def _image_column(schema: pa.Schema, asked: str | None, root: Path) -> str:
-    able = [field.name for field in schema if _holds_images(field.type)]
+    able: list[str] = [field.name for field in schema if _holds_images(field.type)]
     if asked is not None:
         if asked not in able:
             raise DataError(f"{root}: column {asked!r} holds no image bytes. {_listed(schema)}")
@@ -139,7 +139,7 @@ def _holds_images(kind: pa.DataType) -> bool:
 def _caption_column(schema: pa.Schema, asked: str | None, root: Path) -> str | None:
     if asked == NONE:
         return None
-    able = [field.name for field in schema if _holds_text(field.type)]
+    able: list[str] = [field.name for field in schema if _holds_text(field.type)]
     if asked is not None:
         if asked not in able:
             raise DataError(f"{root}: column {asked!r} holds no text. {_listed(schema)}")

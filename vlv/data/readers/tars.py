@@ -102,7 +102,7 @@ class TarReader:
                         yield current
                     current = _Members(key)
                 current.places[extension.lower()] = (member.offset_data, member.size)
-                archive.members = []  # tarfile keeps every header otherwise
+                archive.members = []  # type: ignore[attr-defined]  # or tarfile keeps every header
         if current is not None:
             yield current
 
