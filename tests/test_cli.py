@@ -47,7 +47,16 @@ def test_help_loads_nothing_heavy() -> None:
 
 def test_every_command_has_help(capsys: pytest.CaptureFixture[str]) -> None:
     commands = ["run", "pretrain", "caption", "reconstruct", "promote", "rollback", "models", "doctor", "version"]
-    for command in [*commands, "config use", "config show", "data download", "data import", "data verify"]:
+    for command in [
+        *commands,
+        "config use",
+        "config show",
+        "data download",
+        "data import",
+        "data verify",
+        "data select",
+        "data caption",
+    ]:
         assert _vlv(*command.split(), "--help") == 0
         assert len(capsys.readouterr().out.split()) > 10
 

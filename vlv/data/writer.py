@@ -23,6 +23,8 @@ TABLE_SCHEMA = pa.schema(
     + [(name, pa.int64()) for name in ("width", "height", "original_width", "original_height")]
     + [(name, pa.string()) for name in ("sha256", "mode", "shard")]
 )
+# What KEY.json has besides a record's `meta`.
+WRITTEN = frozenset({"width", "height", "source", "sha256"})
 
 
 @dataclass(frozen=True)
@@ -46,8 +48,62 @@ class Record:
     meta: dict[str, Any] = field(default_factory=dict)
 
 
+class ShardWriter:
+    """Writes shard `number` into `folder`, sample by sample; only the rows of its table are kept in memory.
+
+    No tar is made as long as no sample has an image.
+    """
+
+    def __init__(self, folder: Path, number: int) -> None:
+        if number >= 100_000:
+            raise ValueError("more than 100,000 shards: a key has 5 digits for the shard; use larger shards")
+        self._path, self._number = folder / f"{number:05d}.tar", number
+        self._tar: tarfile.TarFile | None = None
+        self.samples = 0
+        self.rows: list[dict[str, Any]] = []
+
+    def add(self, record: Record) -> None:
+        """Append a record: its members to the tar (a failed one has none) and its row to `rows`."""
+        row: dict[str, Any] = {name: getattr(record, name, None) for name in TABLE_SCHEMA.names}
+        if record.image is not None:
+            if self._tar is None:
+                self._path.parent.mkdir(parents=True, exist_ok=True)
+                self._tar = tarfile.open(self._path, "w", format=tarfile.USTAR_FORMAT)  # noqa: SIM115
+            key = f"{self._number:05d}{self.samples:04d}"
+            digest = files.sha256_bytes(record.image)
+            row |= {"key": key, "shard": self._path.name, "sha256": digest}
+            for name, data in _members(record, record.image, digest).items():
+                info = tarfile.TarInfo(f"{key}.{name}")
+                info.size = len(data)  # owner 0, time 0, mode 0644 are TarInfo's defaults
+                self._tar.addfile(info, BytesIO(data))
+            self.samples += 1
+        self.rows.append(row)
+
+    def finish(self) -> ShardEntry | None:
+        """Close the tar; what the manifest says about it, None if there is no sample."""
+        if self._tar is None:
+            return None
+        self._tar.close()
+        digest, size = files.sha256_file(self._path), self._path.stat().st_size
+        return ShardEntry(name=self._path.name, sha256=digest, bytes=size, samples=self.samples)
+
+
+def _members(record: Record, image: bytes, digest: str) -> dict[str, bytes]:
+    meta = {"width": record.width, "height": record.height, "source": record.url, **record.meta, "sha256": digest}
+    members = {record.extension: image}
+    if record.caption is not None:
+        members["txt"] = record.caption.encode()
+    members["json"] = json.dumps(meta, sort_keys=True, ensure_ascii=False, allow_nan=False).encode()
+    return members
+
+
+def open_table(path: Path) -> pq.ParquetWriter:
+    """A table of samples to write. No compression: two builds of one codec may write different bytes."""
+    return pq.ParquetWriter(path, TABLE_SCHEMA, compression="none", store_schema=False)
+
+
 def write_split(folder: Path, records: Iterable[Record], shard_size: int) -> SplitEntry:
-    """Write the records in their order as tars of `shard_size` samples and a table; one shard in memory.
+    """Write the records in their order as tars of `shard_size` samples and a table; one sample in memory.
 
     `folder` must be new or empty and belongs to a folder that is swapped in as a whole (files.atomic_folder).
     """
@@ -55,61 +111,27 @@ def write_split(folder: Path, records: Iterable[Record], shard_size: int) -> Spl
         raise ValueError(f"shard_size {shard_size}: a key has 4 digits for the index, so 1 to 10000")
     folder.mkdir(parents=True, exist_ok=True)
     shards: list[ShardEntry] = []
-    # No compression: two builds of one codec may write different bytes, and the data's hash depends on them.
-    with pq.ParquetWriter(folder / TABLE, TABLE_SCHEMA, compression="none", store_schema=False) as table:
-        for number, chunk in enumerate(_chunks(records, shard_size)):
-            if number >= 100_000:
-                raise ValueError("more than 100,000 shards: a key has 5 digits for the shard; use larger shards")
-            table.write_table(pa.Table.from_pylist(_rows(chunk, number), TABLE_SCHEMA))
-            good = [record for record in chunk if record.image is not None]
-            if good:
-                shards.append(_write_shard(folder / f"{number:05d}.tar", number, good))
+    with open_table(folder / TABLE) as table:
+        for shard in _filled(folder, records, shard_size):
+            table.write_table(pa.Table.from_pylist(shard.rows, TABLE_SCHEMA))
+            entry = shard.finish()
+            if entry is not None:
+                shards.append(entry)
     samples = sum(shard.samples for shard in shards)
     return SplitEntry(samples=samples, shards=shards, table_sha256=files.sha256_file(folder / TABLE))
 
 
-def _chunks(records: Iterable[Record], shard_size: int) -> Iterator[list[Record]]:
-    """Runs of records with `shard_size` good ones each; failed ones come along."""
-    chunk: list[Record] = []
-    good = 0
+def _filled(folder: Path, records: Iterable[Record], shard_size: int) -> Iterator[ShardWriter]:
+    """Shards of `shard_size` good records each; failed ones come along."""
+    number, shard = 0, ShardWriter(folder, 0)
     for record in records:
-        if record.image is not None and good == shard_size:
-            yield chunk
-            chunk, good = [], 0
-        chunk.append(record)
-        good += record.image is not None
-    if chunk:
-        yield chunk
-
-
-def _rows(chunk: list[Record], number: int) -> list[dict[str, Any]]:
-    rows, index = [], 0
-    for record in chunk:
-        row: dict[str, Any] = {name: getattr(record, name, None) for name in TABLE_SCHEMA.names}
-        if record.image is not None:
-            row |= {"key": f"{number:05d}{index:04d}", "shard": f"{number:05d}.tar"}
-            row["sha256"] = files.sha256_bytes(record.image)
-            index += 1
-        rows.append(row)
-    return rows
-
-
-def _write_shard(path: Path, number: int, records: list[Record]) -> ShardEntry:
-    with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as tar:
-        for index, record in enumerate(records):
-            image = record.image or b""
-            meta = {"width": record.width, "height": record.height, "source": record.url, **record.meta}
-            meta["sha256"] = files.sha256_bytes(image)
-            members = {record.extension: image}
-            if record.caption is not None:
-                members["txt"] = record.caption.encode()
-            members["json"] = json.dumps(meta, sort_keys=True, ensure_ascii=False, allow_nan=False).encode()
-            for extension, data in members.items():
-                info = tarfile.TarInfo(f"{number:05d}{index:04d}.{extension}")
-                info.size = len(data)  # owner 0, time 0, mode 0644 are TarInfo's defaults
-                tar.addfile(info, BytesIO(data))
-    digest, size = files.sha256_file(path), path.stat().st_size
-    return ShardEntry(name=path.name, sha256=digest, bytes=size, samples=len(records))
+        if record.image is not None and shard.samples == shard_size:
+            yield shard
+            number += 1
+            shard = ShardWriter(folder, number)
+        shard.add(record)
+    if shard.rows:
+        yield shard
 
 
 def write_manifest(data: Path, manifest: Manifest) -> None:

@@ -1,6 +1,5 @@
-"""`vlv data ...`: make, import and verify the raw data."""
+"""`vlv data download` and `vlv data verify`: the data that params.yaml describes."""
 
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -8,10 +7,7 @@ import typer
 from vlv import config
 from vlv.config import Config, Paths
 
-app = typer.Typer(no_args_is_help=True, help="The raw data: data/, pinned by data.dvc.")
 
-
-@app.command()
 def download(
     if_missing: Annotated[
         bool,
@@ -37,40 +33,6 @@ def download(
     _pin_if_other(paths)
 
 
-@app.command("import")
-def import_images(
-    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="Images, with optional NAME.txt captions.")],
-    description: Annotated[str | None, typer.Option(help="Where they come from; shown in reports.")] = None,
-) -> None:
-    """Replace data/ by a folder of own images, cut to squares, and pin it.
-
-    Set data.source in params.yaml to `kind: imported` before a run. [dim]vlv data import ~/photos[/]
-    """
-    from vlv import pinning
-    from vlv.data import sources
-
-    paths = Paths.find()
-    data = config.load(paths).data
-    report = sources.import_folder(
-        folder,
-        paths.data,
-        image_size=data.image_size,
-        shard_size=data.shard_size,
-        gate=data.gate,
-        description=description,
-        progress=_Progress(),
-    )
-    for note in (*report.dropped, *report.captions_left_out):
-        typer.secho(f"{note.path}: {note.reason}: {note.message}", fg="yellow", err=True)
-    typer.echo(", ".join(f"{name} {count}" for name, count in report.counts().items()))
-    if (paths.root / ".dvc").is_dir():
-        pinning.pin(paths, report.manifest.source)
-        typer.echo(f"Pinned in {pinning.POINTER} (commit it)")
-    if data.source.kind != "imported":
-        typer.echo("Next: in params.yaml set data.source to {kind: imported, description: ...}")
-
-
-@app.command()
 def verify() -> None:
     """Compare every shard with the manifest and the whole with data.dvc. Reads, writes nothing."""
     from vlv import pinning

@@ -1,0 +1,124 @@
+"""A folder of images, at any depth, with `.txt`, `.caption` or `.json` files of the same names.
+
+Also img2dataset's "files" layout, which is such a folder with a parquet file for each subfolder.
+"""
+
+import functools
+import hashlib
+import os
+import sqlite3
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from vlv.data.readers import captions
+from vlv.data.readers.found import IMAGES, Content, Found, rank
+from vlv.data.readers.img2dataset import failures
+from vlv.data.readers.names import Rule
+
+SIDECARS = (".txt", ".caption", ".json")  # the first that is there counts
+
+
+class FolderReader:
+    """Images below `root`, hidden ones left out, in an order shuffled by `seed`.
+
+    The list of files is kept in a database below `scratch`, so that memory does not grow with it.
+    """
+
+    format = "folder"
+
+    def __init__(self, root: Path, scratch: Path, seed: int, rule: Rule) -> None:
+        self._root, self._seed, self._rule = root, seed, rule
+        scratch.mkdir(parents=True, exist_ok=True)
+        database = scratch / "listing.sqlite"
+        database.unlink(missing_ok=True)
+        self._listing = sqlite3.connect(database)
+        self._listing.execute("PRAGMA synchronous=OFF")  # made anew by each process
+        self._listing.execute(
+            "CREATE TABLE files (rank BLOB, path BLOB, size INTEGER, time INTEGER, PRIMARY KEY (rank, path))"
+            " WITHOUT ROWID"
+        )
+        self._listing.executemany("INSERT INTO files VALUES (?, ?, ?, ?)", self._walk())
+        self._listing.commit()
+
+    def _walk(self) -> Iterator[tuple[bytes, bytes, int, int]]:
+        for folder, subfolders, names in os.walk(self._root):
+            subfolders[:] = [name for name in subfolders if not name.startswith(".")]
+            for name in names:
+                path = Path(folder, name)
+                if path.suffix.lower() in IMAGES and not name.startswith(".") and path.is_file():
+                    relative, status = path.relative_to(self._root).as_posix(), path.stat()
+                    yield rank(self._seed, relative), os.fsencode(relative), status.st_size, status.st_mtime_ns
+
+    def total(self) -> int:
+        return int(self._listing.execute("SELECT count(*) FROM files").fetchone()[0])
+
+    def fingerprint(self) -> str:
+        digest = hashlib.sha256()
+        for row in self._listing.execute("SELECT path, size, time FROM files ORDER BY rank, path"):
+            digest.update(repr(row).encode())
+        return digest.hexdigest()
+
+    def read(self, part: int = 0, skip: int = 0) -> Iterator[Found]:
+        """One part: the images."""
+        rows = self._listing.execute("SELECT path FROM files ORDER BY rank, path LIMIT -1 OFFSET ?", (skip,))
+        for index, (name,) in enumerate(rows, skip):
+            path = self._root / os.fsdecode(name)
+            url = name.decode("utf-8", "replace")
+            yield Found(part, index, url, functools.partial(self._load, path, url))
+
+    def _load(self, path: Path, url: str) -> Content:
+        image = path.read_bytes()
+        sidecar = next((path.with_suffix(end) for end in SIDECARS if path.with_suffix(end).exists()), None)
+        if sidecar is None:
+            return Content(image)
+        try:
+            caption, meta = self._read(path, sidecar, url)
+        except (OSError, ValueError) as error:  # UnicodeDecodeError and JSONDecodeError are ValueErrors
+            return Content(image, caption_problem=("caption_unreadable", f"{sidecar.name}: {error}"))
+        if caption is not None and not caption.strip():
+            return Content(image, caption_problem=("caption_empty", f"{sidecar.name} is empty"), meta=meta)
+        return Content(image, caption, meta=meta, url=self._url(meta))
+
+    def _read(self, path: Path, sidecar: Path, url: str) -> tuple[str | None, dict[str, Any]]:
+        """The caption, and what the JSON file says besides, wherever the caption comes from."""
+        if sidecar.suffix == ".json":
+            value = captions.parse_json(sidecar.read_bytes())
+            caption, others = captions.pick(captions.of_json(value), self._rule, self._seed, url)
+            return caption, _origin(value) | others
+        caption = sidecar.read_text(encoding="utf-8")
+        beside = path.with_suffix(".json")
+        return caption, _origin(captions.parse_json(beside.read_bytes())) if beside.exists() else {}
+
+    def _url(self, _meta: dict[str, Any]) -> str | None:
+        return None  # the place in the folder is the name
+
+
+def _origin(value: dict[str, Any]) -> dict[str, Any]:
+    known = captions.facts(value)
+    return {"origin": known} if known else {}
+
+
+class FilesReader(FolderReader):
+    """img2dataset's "files" layout: a second part holds what could not be downloaded."""
+
+    format = "img2dataset"
+
+    def total(self) -> int:
+        return super().total() + sum(1 for _ in self._failed())
+
+    def read(self, part: int = 0, skip: int = 0) -> Iterator[Found]:
+        if part == 0:
+            yield from super().read(0, skip)
+            skip = 0
+        for index, (url, reason, message) in enumerate(self._failed()):
+            if index >= skip:
+                yield Found(1, index, url, None, reason, message)
+
+    def _failed(self) -> Iterator[tuple[str, str, str]]:
+        for table in sorted(self._root.glob("*.parquet")):
+            yield from failures(table, None)
+
+    def _url(self, meta: dict[str, Any]) -> str | None:
+        url = meta.get("origin", {}).get("url")
+        return url if isinstance(url, str) else None

@@ -1,0 +1,80 @@
+"""What a reader gives, whatever the format: samples where they lie, and a way to load each of them."""
+
+import hashlib
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+Split = Literal["train", "validation", "test"]
+
+IMAGES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"})
+
+
+@dataclass(frozen=True)
+class Content:
+    """A sample as loaded. `image` holds encoded bytes; `url` names its origin better than its place does.
+
+    `caption` is as in the source; `caption_problem`: the reason and message where there is one but not usable.
+    `split` is given where the source has our splits already.
+    """
+
+    image: bytes
+    caption: str | None = None
+    caption_problem: tuple[str, str] | None = None
+    url: str | None = None
+    meta: dict[str, Any] = field(default_factory=dict)
+    split: Split | None = None
+
+
+@dataclass(frozen=True)
+class Found:
+    """A sample at a place of the source: number `index` of part number `part`.
+
+    `load` reads it, in any thread; it raises `OSError` or `ValueError` where that fails. None: the source itself
+    says that there is no image, for `reason` (a short name that is counted) and `message`.
+    """
+
+    part: int
+    index: int
+    url: str
+    load: Callable[[], Content] | None
+    reason: str = ""
+    message: str = ""
+
+
+class Reader(Protocol):
+    """A source: some parts, each a sequence of samples, always in the same order."""
+
+    format: str
+
+    def total(self) -> int:
+        """How many samples there are, failed ones included; an estimate where the source does not say."""
+        ...
+
+    def fingerprint(self) -> str:
+        """Changes when the source does: a hash of names, sizes and times of its files."""
+        ...
+
+    def read(self, part: int = 0, skip: int = 0) -> Iterator[Found]:
+        """All samples from number `skip` of part `part` on; one sample in memory."""
+        ...
+
+
+def rank(seed: int, name: str) -> bytes:
+    """8 bytes by which names are put in an order that is shuffled, but the same each time."""
+    return hashlib.blake2b(f"{seed}:{name}".encode("utf-8", "surrogateescape"), digest_size=8).digest()
+
+
+def shuffled(paths: Iterable[Path], root: Path, seed: int) -> list[Path]:
+    """Paths below `root` in the order of their names' ranks."""
+    return sorted(paths, key=lambda path: (rank(seed, path.relative_to(root).as_posix()), path))
+
+
+def stamp(paths: Iterable[Path]) -> str:
+    """A hash of names, sizes and times of modification."""
+    digest = hashlib.sha256()
+    for path in paths:
+        status = path.stat()
+        digest.update(f"{path.name}\0{status.st_size}\0{status.st_mtime_ns}\n".encode("utf-8", "surrogateescape"))
+    return digest.hexdigest()

@@ -1,0 +1,44 @@
+"""The parquet file that img2dataset writes beside each shard: one row for each URL, failed ones included."""
+
+from collections.abc import Iterator, Set
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+_ROWS = 1024  # read at a time
+
+
+def is_table(path: Path) -> bool:
+    """Whether a parquet file is such a table (and not a set of images)."""
+    try:
+        names = set(pq.read_schema(path).names)
+    except (pa.ArrowException, OSError):
+        return False
+    return {"key", "status", "url"} <= names and "jpg" not in names
+
+
+def failures(table: Path, present: Set[str] | None) -> Iterator[tuple[str, str, str]]:
+    """URL, reason and message of each row without an image: img2dataset's status (`failed_to_download`,
+    `failed_to_resize`), or `missing_in_tar` where it says success but the key is not in `present`.
+
+    A table that cannot be read gives one row, `damaged_file`.
+    """
+    try:
+        for row in _rows(table):
+            status, key = str(row["status"]), str(row["key"])
+            where = str(row.get("url") or f"{table.stem}/{key}")
+            if status != "success":
+                yield where, status, str(row.get("error_message") or "img2dataset gives no reason")
+            elif present is not None and key not in present:
+                yield where, "missing_in_tar", f"{table.name} lists {key}, the tar does not have it"
+    except (pa.ArrowException, OSError) as error:
+        yield table.name, "damaged_file", str(error).splitlines()[0]
+
+
+def _rows(table: Path) -> Iterator[dict[str, Any]]:
+    with pq.ParquetFile(table) as file:
+        wanted = [name for name in ("key", "status", "url", "error_message") if name in file.schema_arrow.names]
+        for batch in file.iter_batches(_ROWS, columns=wanted):
+            yield from batch.to_pylist()
