@@ -48,3 +48,6 @@ class LanguageModel(Section):
     weights: Weights
     architecture: str | None = None
     prefix_width: Positive = Field(description="hidden width of the MLP between context and LM")
+    plain_prefix: bool = Field(
+        default=False, description="that MLP alone, as released; False: our norm before it and a position each after it"
+    )

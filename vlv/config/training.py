@@ -44,6 +44,11 @@ class Training(Section):
     batch_size: Positive = Field(description="samples in one optimizer step, over all processes")
     accumulation: Positive = Field(default=1, description="micro-batches in one step; divides batch_size")
     precision: Precision
+    gradient_checkpointing: bool = Field(
+        default=False,
+        description="recompute activations in the backward pass: less memory, one more forward of what learns or "
+        "passes gradients",
+    )
     seed: int
     checkpoint_every: Positive = Field(description="steps")
     log_every: Positive = Field(description="steps")

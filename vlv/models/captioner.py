@@ -33,15 +33,29 @@ class Stage2Batch:
 
 
 class Prefix(nn.Module):
-    """Norm, Linear-GELU-Linear and a position each: context (B, Q, C) -> prefix embeddings (B, Q, E)."""
+    """Norm, Linear-GELU-Linear and a position each: context (B, Q, C) -> prefix embeddings (B, Q, E).
 
-    def __init__(self, queries: int, inputs: int, hidden: int, outputs: int) -> None:
+    Args:
+        plain: Linear-GELU-Linear alone, as the released model has it.
+    """
+
+    def __init__(self, queries: int, inputs: int, hidden: int, outputs: int, *, plain: bool = False) -> None:
         super().__init__()
-        self.norm = nn.LayerNorm(inputs)
+        self.plain = plain
+        if not plain:
+            self.norm = nn.LayerNorm(inputs)
         self.layers = nn.Sequential(nn.Linear(inputs, hidden), nn.GELU(), nn.Linear(hidden, outputs))
-        self.positions = nn.Parameter(torch.randn(1, queries, outputs) * 0.02)
+        if not plain:
+            self.positions = nn.Parameter(torch.randn(1, queries, outputs) * 0.02)
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.layers.parameters()).device
 
     def forward(self, context: torch.Tensor) -> torch.Tensor:
+        if self.plain:
+            plain: torch.Tensor = self.layers(context)
+            return plain
         projected: torch.Tensor = self.layers(self.norm(context))
         return projected + self.positions
 
@@ -86,7 +100,7 @@ class Captioner(nn.Module):
         Token t is predicted from the prefix and the tokens before it; the first one from the prefix alone.
         Logits are computed only where there is a label.
         """
-        device = self.prefix.positions.device
+        device = self.prefix.device
         labels = batch.labels.to(device)
         prefix = self.prefix(batch.context.to(device).float())
         words = self.language_model.get_input_embeddings()(batch.ids.to(device))
@@ -147,8 +161,9 @@ class Captioner(nn.Module):
         encoder = build_encoder(settings, conditioner.width, paths)
         language_model, tokenizer = pretrained.language_model(settings.language_model, paths)
         width = language_model.get_input_embeddings().weight.shape[1]
-        hidden = settings.language_model.prefix_width
-        prefix = Prefix(settings.encoder.queries, conditioner.width, hidden, width)
+        section = settings.language_model
+        queries = settings.encoder.queries
+        prefix = Prefix(queries, conditioner.width, section.prefix_width, width, plain=section.plain_prefix)
         tokens = settings.stage2.max_caption_tokens
         captioner = Captioner(encoder, conditioner, prefix, language_model, tokenizer, tokens)
         captioner.set_learning(settings.stage2.learn)
