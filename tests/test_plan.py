@@ -34,7 +34,8 @@ def _paper(**stage1: object) -> config.Config:
 @pytest.fixture(scope="module")
 def release(paths: Paths) -> Stage:
     """The released recipe: nothing cached, the UNet computed twice."""
-    return count.stage1(_paper(cache_latents=False), paths, "gpu", recompute=[steps.UNET])
+    settings = _paper(cache_latents=False, gradient_checkpointing=False)
+    return count.stage1(settings, paths, "gpu", 64, recompute=[steps.UNET])
 
 
 def _giga(stage: Stage, name: str, kind: str) -> float:
@@ -58,12 +59,6 @@ def test_the_release_s_flops_in_all_and_without_vae_and_recompute(release: Stage
     assert release.flops / 1e9 == pytest.approx(RELEASE, rel=0.02)
     lean = release.flops / 1e9 - _giga(release, "VAE encode", "forward") - _giga(release, "UNet", "recomputed")
     assert lean == pytest.approx(LEAN, rel=0.02)
-
-
-def test_caching_and_no_recompute_take_away_just_that(paths: Paths, release: Stage) -> None:
-    lean = count.stage1(_paper(cache_latents=True, gradient_checkpointing=False), paths, "gpu")
-    assert lean.flops / 1e9 == pytest.approx(LEAN, rel=0.02)
-    assert lean.prepared_flops == release.modules[0].cost.forward
 
 
 @pytest.fixture(scope="module")
@@ -95,25 +90,25 @@ def test_stage_2_s_flops_are_those_of_the_real_step(smoke: config.Config, paths:
     assert counted.flops == real.get_total_flops()
 
 
-@pytest.mark.parametrize("samples", [1, 3])
-def test_memory_of_a_step_is_what_the_real_step_allocates(smoke: config.Config, paths: Paths, samples: int) -> None:
-    counted = count.stage1(smoke, paths, "cpu")
+def test_memory_of_a_step_is_what_the_real_step_allocates(smoke: config.Config, paths: Paths) -> None:
+    samples = 3
+    counted = count.stage1(smoke, paths, "cpu", samples)
     model = Autoencoder.build(smoke, paths)
     batch = Stage1Batch(torch.zeros(samples, 3, 64, 64, dtype=torch.uint8))
     with LiveBytes() as live:
         model(batch, torch.Generator().manual_seed(0)).backward()
-    assert counted.live.at(samples) == pytest.approx(live.peak, rel=0.05)
+    assert counted.live.at(samples) == pytest.approx(live.peak, rel=0.02)
 
 
 def test_checkpointing_keeps_less_and_computes_more(smoke: config.Config, paths: Paths) -> None:
     stage1 = smoke.stage1.model_copy(update={"gradient_checkpointing": True})
-    plain = count.stage1(smoke, paths, "cpu")
-    again = count.stage1(smoke.model_copy(update={"stage1": stage1}), paths, "cpu")
+    plain = count.stage1(smoke, paths, "cpu", 32)
+    again = count.stage1(smoke.model_copy(update={"stage1": stage1}), paths, "cpu", 32)
     redone = ["BART encoder", "BART decoder", "text encoder", "UNet"]
     twice = sum(m.cost.forward for m in plain.modules if m.cost.name in redone)
     assert again.flops == plain.flops + twice
     assert sum(m.kept.at(4) for m in again.modules) < sum(m.kept.at(4) for m in plain.modules)
-    assert again.live.each < plain.live.each
+    assert again.live.at(32) < plain.live.at(32)
 
 
 def _machine(**values: object) -> Machine:

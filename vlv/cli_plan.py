@@ -39,12 +39,16 @@ def plan(
     """
     from vlv.planning import count as counts
     from vlv.planning import gpus, report
-    from vlv.planning.forecast import Machine, forecast
+    from vlv.planning.forecast import Machine, forecast, per_gpu
 
     paths = Paths.find()
     settings = config.parse(config_.read_text(encoding="utf-8"), str(config_)) if config_ else config.load(paths)
     chosen = gpus.find(gpu)
-    stages = [counts.stage1(settings, paths, "gpu"), counts.stage2(settings, paths, "gpu", caption_tokens)]
+    s1, s2 = settings.stage1, settings.stage2
+    stages = [
+        counts.stage1(settings, paths, "gpu", per_gpu(s1, s1.batch_size // s1.draws_per_image, count)),
+        counts.stage2(settings, paths, "gpu", per_gpu(s2, s2.batch_size, count), caption_tokens),
+    ]
     mine, others = [], []
     for stage in stages:
         number = images or stage.settings.steps * stage.samples
@@ -53,6 +57,7 @@ def plan(
         able = [g for g in gpus.GPUS if g.has(stage.settings.precision, tf32=tf32)]
         row = [Machine(g, count, utilisation, price, sharding.value, tf32) for g in able]
         others.append([forecast(stage, m, number) for m in row])
-    report.show(mine, others, Console())
+    console = Console()
+    report.show(mine, others, console if console.is_terminal else Console(width=140))
     if json is not None:
         files.write_json(json, [report.as_json(f) for f in mine])

@@ -1,7 +1,6 @@
 """What each stage costs, counted on stand-ins: by module, and the most memory a step takes at once."""
 
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass
 
 import torch
@@ -11,7 +10,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from vlv.config import Config, Paths, Training
 from vlv.planning import models, steps
 from vlv.planning.counting import Cost, Counter, LiveBytes, Parts, Recorder, Run, straight
-from vlv.planning.stand_ins import FusedAttention, Target, autocast
+from vlv.planning.stand_ins import Target, on_target
 
 # Gradient checkpointing covers what learns or passes gradients; the others keep nothing anyway.
 RECOMPUTED = (steps.BART_ENCODER, steps.BART_DECODER, steps.TEXT, steps.UNET, steps.LLM)
@@ -28,9 +27,10 @@ class Line:
         return self.fixed + self.each * samples
 
     @staticmethod
-    def through(one: int, two: int) -> "Line":
-        """From the bytes of one sample and of two."""
-        return Line(2 * one - two, two - one)
+    def through(first: tuple[int, int], second: tuple[int, int]) -> "Line":
+        """From the bytes at two numbers of samples."""
+        each = (second[1] - first[1]) // (second[0] - first[0])
+        return Line(first[1] - each * first[0], each)
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,8 @@ class Stage:
         settings: the stage's section of the configuration.
         samples: encoded images or pairs in one optimizer step, over all processes.
         weights: bytes of all parameters and buffers on a GPU. learning: parameters that learn.
-        live: the most bytes that a step (forward and backward) holds at once beside weights and optimizer.
+        live: the most bytes that a step (forward and backward) holds at once beside weights and optimizer. Exact at
+            the micro-batch that was asked for and at half of it; a line between and beyond.
     """
 
     name: str
@@ -77,8 +78,13 @@ class Stage:
         return sum(m.cost.forward for m in self.modules if m.cost.prepared)
 
 
-def stage1(settings: Config, paths: Paths, target: Target, recompute: Sequence[str] | None = None) -> Stage:
-    """Count Stage 1; `recompute` names the modules that are computed twice (None: as configured)."""
+def stage1(
+    settings: Config, paths: Paths, target: Target, micro: int = 1, recompute: Sequence[str] | None = None
+) -> Stage:
+    """Count Stage 1 for a micro-batch of `micro` samples.
+
+    `recompute` names the modules that are computed twice (None: as configured).
+    """
     s = settings.stage1
     prepared = [n for n, cached in ((steps.VAE, s.cache_latents), (steps.TOWER, s.cache_features)) if cached]
     if recompute is None:
@@ -91,11 +97,21 @@ def stage1(settings: Config, paths: Paths, target: Target, recompute: Sequence[s
         pictures = torch.empty(samples, 3, size, size, dtype=torch.uint8)
         return steps.stage1(model, s, pictures, at)
 
-    modules, live = _measure(step, mode, target, s, recompute, prepared)
+    modules, live = _measure(
+        step,
+        mode,
+        target,
+        s,
+        micro,
+        recompute,
+        prepared,
+        [model],
+        lambda: models.recompute_autoencoder(model, target, s.precision),
+    )
     return Stage("stage1", modules, s, s.batch_size // s.draws_per_image, _bytes([model]), _learning([model]), live)
 
 
-def stage2(settings: Config, paths: Paths, target: Target, caption_tokens: int | None = None) -> Stage:
+def stage2(settings: Config, paths: Paths, target: Target, micro: int = 1, caption_tokens: int | None = None) -> Stage:
     """Count Stage 2 with captions of `caption_tokens` (None: the longest that the configuration allows)."""
     s = settings.stage2
     recompute = RECOMPUTED if s.gradient_checkpointing else ()
@@ -111,7 +127,17 @@ def stage2(settings: Config, paths: Paths, target: Target, caption_tokens: int |
         ids = torch.empty(samples, tokens, dtype=torch.long)
         return steps.stage2(prefix, language_model, context, ids, at)
 
-    modules, live = _measure(step, mode, target, s, recompute, [steps.CONTEXT])
+    modules, live = _measure(
+        step,
+        mode,
+        target,
+        s,
+        micro,
+        recompute,
+        [steps.CONTEXT],
+        [prefix, language_model],
+        lambda: models.recompute(language_model, target, s.precision),
+    )
     held = [whole.encoder, whole.decoder.conditioner, prefix, language_model]
     return Stage("stage2", modules, s, s.batch_size, _bytes(held), _learning(held), live)
 
@@ -121,26 +147,33 @@ def _measure(
     mode: FakeTensorMode,
     target: Target,
     settings: Training,
+    micro: int,
     recompute: Sequence[str],
     prepared: Sequence[str],
+    learners: Sequence[nn.Module],
+    redo: Callable[[], None],
 ) -> tuple[list[Module], Line]:
-    counters, peaks = [], []
-    for samples in (1, 2):
-        with ExitStack() as stack:
-            for context in (mode, FusedAttention(), autocast(target, settings.precision)):
-                stack.enter_context(context)
-            counter = Counter(recompute, prepared)
+    counters = [Counter(recompute, prepared) for _ in (1, 2)]
+    for samples, counter in enumerate(counters, 1):
+        with mode, on_target(target, settings.precision):
             step(samples, counter)
-            counters.append(counter)
-        with mode, FusedAttention(), LiveBytes() as live:
-            with autocast(target, settings.precision):
-                loss = step(samples, _Cached(counter))
+    if settings.gradient_checkpointing:
+        redo()
+    peaks = []
+    for samples in sorted({micro, (micro + 1) // 2} if micro > 1 else {1, 2}):
+        with mode, LiveBytes() as live:
+            with on_target(target, settings.precision):
+                loss = step(samples, _Cached(counters[0]))
             loss.backward()
-            peaks.append(live.peak)
+            peaks.append((samples, live.peak))
             del loss
+        for module in learners:
+            module.zero_grad()
     modules = [
         Module(
-            one, Line.through(one.kept_whole, two.kept_whole), Line.through(one.kept_recomputed, two.kept_recomputed)
+            one,
+            Line.through((1, one.kept_whole), (2, two.kept_whole)),
+            Line.through((1, one.kept_recomputed), (2, two.kept_recomputed)),
         )
         for one, two in zip(counters[0].costs, counters[1].costs, strict=True)
     ]
@@ -155,7 +188,8 @@ class _Cached:
 
     def __call__(self, name: str, parts: Parts, run: Run, *inputs: torch.Tensor) -> torch.Tensor:
         if name in self._counter.outputs:
-            return torch.empty_like(self._counter.outputs[name])
+            cached = self._counter.outputs[name]  # of one sample
+            return torch.empty(len(inputs[0]), *cached.shape[1:], dtype=cached.dtype)
         return straight(name, parts, run, *inputs)
 
 

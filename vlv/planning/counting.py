@@ -91,19 +91,20 @@ class Counter:
         leaves = [x.detach().requires_grad_(x.requires_grad) for x in inputs]
         blocks = [m for part in parts if isinstance(part, nn.Module) for m in part.modules() if isinstance(m, BLOCKS)]
         kept = Kept(parameters, blocks)
-        with FlopCounterMode(display=False) as forward, kept:
+        with _counting() as forward, kept:
             output = run(*leaves)
         backward = 0
         if output.requires_grad:
             wanted = [x for x in leaves if x.requires_grad] + learning
-            with FlopCounterMode(display=False) as counted:
+            with _counting() as counted:
                 torch.autograd.grad(output, wanted, torch.empty_like(output), allow_unused=True)
             backward = counted.get_total_flops()
         flops = forward.get_total_flops()
         recompute = name in self._recompute and output.requires_grad
+        whole, recomputed = (kept.whole(), kept.recomputed()) if output.requires_grad else (0, 0)
         self.costs.append(
             Cost(
-                name, flops, backward, flops if recompute else 0, kept.whole(), kept.recomputed(),
+                name, flops, backward, flops if recompute else 0, whole, recomputed,
                 sum(p.numel() for p in parameters), sum(p.numel() for p in learning),
                 recompute, name in self._prepared,
             )
@@ -111,6 +112,19 @@ class Counter:
         if name in self._prepared:
             self.outputs[name] = output
         return output
+
+
+def _counting() -> FlopCounterMode:
+    backward = torch.ops.aten._scaled_dot_product_efficient_attention_backward
+    return FlopCounterMode(display=False, custom_mapping={backward: _attention_backward})
+
+
+def _attention_backward(
+    grad: Sequence[int], query: Sequence[int], key: Sequence[int], value: Sequence[int], *args: Any, **kwargs: Any
+) -> int:
+    """Four products, as of plain attention: the scores that the fused kernel computes again are its own affair."""
+    batch, heads, rows, width = query
+    return 2 * batch * heads * rows * key[2] * 2 * (width + value[3])
 
 
 def _parameters(parts: Parts) -> list[nn.Parameter]:

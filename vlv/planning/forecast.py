@@ -4,6 +4,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
+from vlv.config import Training
 from vlv.planning.count import Line, Stage
 from vlv.planning.gpus import Gpu
 
@@ -35,18 +36,17 @@ class Machine:
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes on one GPU at the moment of the most, by kind; `working` is what a step holds for a moment only."""
+    """Bytes on one GPU, by kind, and `peak`, the most there are at once.
+
+    The peak is not the sum: gradients appear while activations go, and a step also holds what it needs for a moment.
+    """
 
     weights: int
     gradients: int
     optimizer: int
     communication: int
     activations: int
-    working: int
-
-    @property
-    def peak(self) -> int:
-        return self.weights + self.gradients + self.optimizer + self.communication + self.activations + self.working
+    peak: int
 
 
 @dataclass(frozen=True)
@@ -86,25 +86,31 @@ def usable(gpu: Gpu) -> int:
     return int(gpu.memory * GIB * (1 - RESERVE))
 
 
+def per_gpu(settings: Training, samples: int, count: int) -> int:
+    """Samples on one GPU at a time: a step's samples over processes and accumulation."""
+    return math.ceil(samples / settings.accumulation / count)
+
+
 def micro_batch(stage: Stage, machine: Machine) -> int:
-    """Samples on one GPU at a time: the global batch over processes and accumulation."""
-    return math.ceil(stage.samples / stage.settings.accumulation / machine.count)
+    """Samples of this stage on one GPU at a time."""
+    return per_gpu(stage.settings, stage.samples, machine.count)
 
 
 def memory(stage: Stage, machine: Machine, micro: int, *, recompute: bool | None = None) -> Memory:
     """By kind; `recompute` asks for gradient checkpointing switched on or off (None: as configured)."""
-    kept = [_kept(m.kept_whole, m.kept_recomputed, m.kept, recompute).at(micro) for m in stage.modules]
+    kept = sum(_kept(m.kept_whole, m.kept_recomputed, m.kept, recompute).at(micro) for m in stage.modules)
     gradients = 4 * stage.learning
     optimizer = 4 * stage.learning * (3 if stage.settings.optimizer.ema_decay else 2)  # AdamW's two averages, in fp32
-    activations = sum(kept)
-    configured = sum(m.kept.at(micro) for m in stage.modules)
-    working = max(0, stage.live.at(micro) - gradients - configured)
     share = machine.count if machine.sharding != "none" else 1
     learned = 4 * stage.learning
     weights = stage.weights - learned + learned // (machine.count if machine.sharding == "full" else 1)
     # DDP copies the gradients into buckets of their own.
     buckets = gradients if machine.count > 1 and machine.sharding == "none" else 0
-    return Memory(weights, gradients // share, optimizer // share, buckets, activations, working)
+    held = weights + optimizer // share + buckets
+    configured = sum(m.kept.at(micro) for m in stage.modules)
+    live = stage.live.at(micro) - (configured - kept) - (gradients - gradients // share)
+    peak = held + max(live, kept, gradients // share)
+    return Memory(weights, gradients // share, optimizer // share, buckets, kept, peak)
 
 
 def _kept(whole: Line, recomputed: Line, configured: Line, recompute: bool | None) -> Line:

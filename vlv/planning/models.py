@@ -1,22 +1,22 @@
 """The configured models at full size, without their numbers."""
 
 import re
+from contextlib import nullcontext
+from functools import partial
+from typing import Any
 
 import torch
 from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
-from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from vlv.config import Config, Paths
+from vlv.config import Config, Paths, Precision
 from vlv.models import pretrained
 from vlv.models.autoencoder import Autoencoder
 from vlv.models.captioner import Prefix
-from vlv.planning.stand_ins import Target, like, stand_in
-
-# Without the random state: fake tensors have none, and it changes no count.
-_CHECKPOINTING = {"use_reentrant": False, "preserve_rng_state": False}
+from vlv.planning.stand_ins import Target, like, on_target, stand_in
 
 
 def autoencoder(settings: Config, paths: Paths, mode: FakeTensorMode, target: Target) -> Autoencoder:
@@ -37,10 +37,6 @@ def autoencoder(settings: Config, paths: Paths, mode: FakeTensorMode, target: Ta
     model.decoder.unet.set_attn_processor(AttnProcessor2_0() if target == "gpu" else AttnProcessor())
     stand_in(model, mode)
     model.decoder.scheduler.alphas_cumprod = like(model.decoder.scheduler.alphas_cumprod, mode)
-    if settings.stage1.gradient_checkpointing:
-        _recompute(model.encoder.florence.model.language_model)
-        _recompute(model.decoder.conditioner.text_encoder)
-        model.decoder.unet.enable_gradient_checkpointing(_recomputing)
     return model
 
 
@@ -59,8 +55,6 @@ def language_side(
     _attend(model, target)
     for module in (prefix, model):
         stand_in(module, mode)
-    if settings.stage2.gradient_checkpointing:
-        _recompute(model)
     return prefix, model
 
 
@@ -74,14 +68,26 @@ def _attend(model: PreTrainedModel, target: Target) -> None:
     model.set_attn_implementation("sdpa" if target == "gpu" else "eager")
 
 
-def _recomputing(function: nn.Module, *args: object) -> object:
-    from torch.utils.checkpoint import checkpoint
+def recompute_autoencoder(model: Autoencoder, target: Target, precision: Precision) -> None:
+    """Switch gradient checkpointing on in all that learns or passes gradients."""
+    recompute(model.encoder.florence.model.language_model, target, precision)
+    recompute(model.decoder.conditioner.text_encoder, target, precision)
+    model.decoder.unet.enable_gradient_checkpointing(partial(checkpoint, **_checkpointing(target, precision)))
 
-    return checkpoint(function, *args, **_CHECKPOINTING)
 
-
-def _recompute(model: PreTrainedModel) -> None:
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=_CHECKPOINTING)
+def recompute(model: PreTrainedModel, target: Target, precision: Precision) -> None:
+    """Switch gradient checkpointing on in a transformers model."""
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=_checkpointing(target, precision))
     for layer in model.modules():
         if isinstance(layer, GradientCheckpointingLayer):
             layer.training = True  # it recomputes only in training mode
+
+
+def _checkpointing(target: Target, precision: Precision) -> dict[str, Any]:
+    # The backward pass runs outside of Python's function modes, so the second forward enters them again.
+    # Without the random state: stand-ins have none.
+    return {
+        "use_reentrant": False,
+        "preserve_rng_state": False,
+        "context_fn": lambda: (nullcontext(), on_target(target, precision)),
+    }

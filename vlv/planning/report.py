@@ -14,7 +14,9 @@ _GIGA = 1e9
 def modules(stage: Stage, samples: int) -> Table:
     """FLOPs and kept bytes by module; `samples`: the micro-batch on one GPU."""
     s = stage.settings
-    table = Table(title=f"{stage.name}: one sample by module", title_justify="left", caption_justify="left")
+    table = Table(
+        title=f"{stage.name}: one sample by module", expand=False, title_justify="left", caption_justify="left"
+    )
     table.caption = (
         f"{s.steps:,} steps x {stage.samples} samples, {s.precision}; GF = 10^9 FLOP, a multiply-add is 2; "
         f"kept: for the backward pass, micro-batch {samples}"
@@ -46,12 +48,12 @@ def gpus(forecasts: list[Forecast]) -> Table:
         f"{price}"
     )
     table.add_column("GPU")
-    names = ("weights", "gradients", "optimizer", "buckets", "kept", "working", "peak", "of", "fits", "days", "dollars")
+    names = ("weights", "gradients", "optimizer", "buckets", "kept", "peak", "of", "fits", "days", "dollars")
     for name in names:
         table.add_column(name, justify="right")
     for f in forecasts:
         m = f.memory
-        kinds = (m.weights, m.gradients, m.optimizer, m.communication, m.activations, m.working, m.peak)
+        kinds = (m.weights, m.gradients, m.optimizer, m.communication, m.activations, m.peak)
         table.add_row(
             f.machine.gpu.name, *(f"{value / GIB:,.1f}" for value in kinds), f"{usable(f.machine.gpu) / GIB:.1f}",
             "yes" if f.fits else "no", f"{(f.hours + f.prepare_hours) / 24:,.1f}",
@@ -90,7 +92,7 @@ def as_json(f: Forecast) -> dict[str, Any]:
         ],
         "memory": {
             "weights": m.weights, "gradients": m.gradients, "optimizer": m.optimizer, "buckets": m.communication,
-            "activations": m.activations, "working": m.working, "peak": m.peak, "usable": usable(gpu),
+            "activations": m.activations, "peak": m.peak, "usable": usable(gpu),
         },
         "fits": f.fits, "hours": f.hours, "prepare_hours": f.prepare_hours, "dollars": f.dollars, "knobs": f.knobs,
     }  # fmt: skip

@@ -68,6 +68,13 @@ def autocast(target: Target, precision: Precision) -> Iterator[None]:
         yield
 
 
+@contextmanager
+def on_target(target: Target, precision: Precision) -> Iterator[None]:
+    """Within it, a model's forward runs as on the target: its attention kernel, its mixed precision."""
+    with FusedAttention(), autocast(target, precision):
+        yield
+
+
 class GpuAutocast(TorchFunctionMode):
     """CUDA's autocast to bfloat16 on stand-ins; casts of weights that learn are kept for the whole step, as there."""
 
