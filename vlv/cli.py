@@ -16,7 +16,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from vlv import __version__, cli_data, cli_registry
+from vlv import __version__, cli_convert, cli_data, cli_plan, cli_registry
 from vlv.config import Paths
 
 # Exit codes of the library's errors; of all others that it names: ANSWER.
@@ -69,7 +69,8 @@ app = App(
 config_app = typer.Typer(no_args_is_help=True, help="The active configuration, params.yaml.")
 app.add_typer(config_app, name="config")
 app.add_typer(cli_data.app, name="data")
-for _command in (cli_registry.promote, cli_registry.rollback, cli_registry.models):
+app.add_typer(cli_convert.app, name="convert")
+for _command in (cli_plan.plan, cli_registry.promote, cli_registry.rollback, cli_registry.models):
     app.command()(_command)
 
 

@@ -51,3 +51,4 @@ class LanguageModel(Section):
     standardise_context: bool = Field(
         default=False, description="the MLP sees the context less its mean over the training images, over its spread"
     )
+    prefix_positions: bool = Field(default=True, description="a learned position on each of the MLP's outputs")

@@ -43,17 +43,25 @@ class Stage2Batch:
 
 
 class Prefix(nn.Module):
-    """Linear-GELU-Linear and a position each: context (B, Q, C) -> prefix embeddings (B, Q, E)."""
+    """Linear-GELU-Linear and a position each: context (B, Q, C) -> prefix embeddings (B, Q, E).
+
+    Args:
+        positions: False: the MLP alone, as the released model has it.
+    """
 
     mean: torch.Tensor
     spread: torch.Tensor
 
-    def __init__(self, queries: int, inputs: int, hidden: int, outputs: int) -> None:
+    def __init__(self, queries: int, inputs: int, hidden: int, outputs: int, *, positions: bool = True) -> None:
         super().__init__()
         self.layers = nn.Sequential(nn.Linear(inputs, hidden), nn.GELU(), nn.Linear(hidden, outputs))
-        self.positions = nn.Parameter(torch.randn(1, queries, outputs) * 0.02)
+        self.positions = nn.Parameter(torch.randn(1, queries, outputs) * 0.02) if positions else None
         self.register_buffer("mean", torch.zeros(queries, inputs))
         self.register_buffer("spread", torch.ones(queries, inputs))
+
+    @property
+    def device(self) -> torch.device:
+        return self.mean.device
 
     def standardise(self, mean: torch.Tensor, spread: torch.Tensor) -> None:
         """Measure the context against its statistics (Q, C) from now on.
@@ -66,7 +74,7 @@ class Prefix(nn.Module):
 
     def forward(self, context: torch.Tensor) -> torch.Tensor:
         projected: torch.Tensor = self.layers((context - self.mean) / self.spread)
-        return projected + self.positions
+        return projected if self.positions is None else projected + self.positions
 
 
 class Captioner(nn.Module):
@@ -118,7 +126,7 @@ class Captioner(nn.Module):
         Token t is predicted from the prefix and the tokens before it; the first one from the prefix alone.
         Logits are computed only where there is a label.
         """
-        device = self.prefix.positions.device
+        device = self.prefix.device
         labels = batch.labels.to(device)
         prefix = self.prefix(self._context_of(batch).to(device).float())
         words = self.language_model.get_input_embeddings()(batch.ids.to(device))
@@ -192,8 +200,9 @@ class Captioner(nn.Module):
         encoder = build_encoder(settings, conditioner.width, paths)
         language_model, tokenizer = pretrained.language_model(settings.language_model, paths)
         width = language_model.get_input_embeddings().weight.shape[1]
-        hidden = settings.language_model.prefix_width
-        prefix = Prefix(settings.encoder.queries, conditioner.width, hidden, width)
+        section = settings.language_model
+        queries = settings.encoder.queries
+        prefix = Prefix(queries, conditioner.width, section.prefix_width, width, positions=section.prefix_positions)
         tokens = settings.stage2.max_caption_tokens
         if settings.stage2.learn == "mlp+lora":
             adapters.insert(language_model, settings.stage2.lora)

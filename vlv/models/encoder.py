@@ -132,7 +132,10 @@ class CaptionEncoder(nn.Module):
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
         """Features (B, T, D) -> caption embeddings (B, Q, W)."""
-        encoded = self.encode(features)
+        return self.decode(self.encode(features))
+
+    def decode(self, encoded: torch.Tensor) -> torch.Tensor:
+        """BART encoder states (B, T + P, D) -> caption embeddings (B, Q, W): what the queries read in them."""
         decoded = self.florence.model.language_model.decoder(
             inputs_embeds=self.queries.to(encoded.dtype).expand(len(encoded), -1, -1),
             encoder_hidden_states=encoded,

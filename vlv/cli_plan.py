@@ -1,0 +1,63 @@
+"""`vlv plan`: what a configuration costs, before it runs."""
+
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from vlv import config, files
+from vlv.config import Paths
+
+
+class Sharding(StrEnum):
+    """How the GPUs share what a training holds."""
+
+    none = "none"
+    zero2 = "zero2"
+    full = "full"
+
+
+def plan(
+    config_: Annotated[
+        Path | None, typer.Option("--config", help="A profile's file; without: params.yaml.", exists=True)
+    ] = None,
+    gpu: Annotated[str, typer.Option(help="Name in the table of GPUs.")] = "RTX 6000 Ada",
+    count: Annotated[int, typer.Option(min=1, help="GPUs.")] = 8,
+    utilisation: Annotated[float, typer.Option(min=0.01, max=1.0, help="Share of the peak rate.")] = 0.35,
+    price: Annotated[float | None, typer.Option(min=0.0, help="Dollars for a GPU and hour.")] = None,
+    sharding: Annotated[Sharding, typer.Option(help="none: DDP; zero2; full: ZeRO-3 or FSDP.")] = Sharding.none,
+    tf32: Annotated[bool, typer.Option(help="Float32 products on the tensor cores.")] = False,
+    images: Annotated[int | None, typer.Option(min=1, help="Different images, for the caches' cost.")] = None,
+    caption_tokens: Annotated[int | None, typer.Option(min=1, help="Length in Stage 2; without: the limit.")] = None,
+    json: Annotated[Path | None, typer.Option(help="Write everything to this file as well.")] = None,
+) -> None:
+    """Count FLOPs, memory, time and money of both stages at full size, on no GPU and without weights.
+
+    [dim]vlv plan --config configs/paper.yaml --gpu "RTX 6000 Ada" --count 8 --price 0.8[/]
+    """
+    from vlv.planning import count as counts
+    from vlv.planning import gpus, report
+    from vlv.planning.forecast import Machine, forecast, per_gpu
+
+    paths = Paths.find()
+    settings = config.parse(config_.read_text(encoding="utf-8"), str(config_)) if config_ else config.load(paths)
+    chosen = gpus.find(gpu)
+    s1, s2 = settings.stage1, settings.stage2
+    stages = [
+        counts.stage1(settings, paths, "gpu", per_gpu(s1, s1.batch_size // s1.draws_per_image, count)),
+        counts.stage2(settings, paths, "gpu", per_gpu(s2, s2.batch_size, count), caption_tokens),
+    ]
+    mine, others = [], []
+    for stage in stages:
+        number = images or stage.settings.steps * stage.samples
+        machine = Machine(chosen, count, utilisation, price, sharding.value, tf32)
+        mine.append(forecast(stage, machine, number))
+        able = [g for g in gpus.GPUS if g.has(stage.settings.precision, tf32=tf32)]
+        row = [Machine(g, count, utilisation, price, sharding.value, tf32) for g in able]
+        others.append([forecast(stage, m, number) for m in row])
+    console = Console()
+    report.show(mine, others, console if console.is_terminal else Console(width=140))
+    if json is not None:
+        files.write_json(json, [report.as_json(f) for f in mine])

@@ -1,0 +1,1 @@
+"""Converters: weights that people hold in other layouts -> the folders that this project reads."""
