@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -14,7 +15,7 @@ from vlv.config import Config, Paths
 from vlv.models import folder as folders
 from vlv.models import pretrained
 from vlv.models.autoencoder import build_encoder
-from vlv.models.conditioner import TextConditioner
+from vlv.models.conditioners.base import Conditioner
 from vlv.models.encoder import CaptionEncoder
 
 KIND = "captioner"
@@ -56,7 +57,7 @@ class Captioner(nn.Module):
     def __init__(
         self,
         encoder: CaptionEncoder,
-        conditioner: TextConditioner,
+        conditioner: Conditioner[Any],
         prefix: Prefix,
         language_model: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase,
@@ -78,7 +79,7 @@ class Captioner(nn.Module):
     def context(self, batch: torch.Tensor) -> torch.Tensor:
         """Images (B, 3, H, W) uint8 -> context (B, Q, C), without gradient."""
         embeddings = self.encoder(self.encoder.features(batch))
-        return self.conditioner.condition(embeddings.float())
+        return self.conditioner.states(embeddings.float())
 
     def forward(self, batch: Stage2Batch, generator: torch.Generator) -> torch.Tensor:
         """Mean cross-entropy of the labelled tokens; draws nothing from `generator`.
