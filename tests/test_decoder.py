@@ -6,7 +6,7 @@ import torch.nn.functional as F
 
 from tests import small_models
 from vlv.config import Timesteps
-from vlv.models.decoder import draw_timesteps
+from vlv.models.decoders.timesteps import draw_timesteps
 
 UNIFORM = Timesteps(mode="uniform")
 
@@ -39,6 +39,25 @@ def test_loss_equals_diffusers_components_composed_by_hand(prediction: str) -> N
     assert torch.equal(loss, expected)
 
 
+def test_same_noise_and_l1_and_a_batch_of_n_equals_n_batches_of_one() -> None:
+    decoder = small_models.decoder("epsilon")
+    latents, context = torch.randn(3, 4, 16, 16), torch.randn(3, 9, 24)
+    fixed = Timesteps(mode="fixed", fixed=400)
+
+    def loss(rows: slice) -> torch.Tensor:
+        return decoder.loss(
+            latents[rows], context[rows], torch.Generator().manual_seed(5), fixed, kind="l1", same_noise=True
+        )
+
+    noise = torch.randn(4, 16, 16, generator=torch.Generator().manual_seed(5)).expand(3, -1, -1, -1)
+    t = torch.full((3,), 400)
+    predicted = decoder.unet(decoder.scheduler.add_noise(latents, noise, t), t, context).sample
+    together = loss(slice(None))
+    assert torch.equal(together, F.l1_loss(predicted, noise, reduction="none").mean((1, 2, 3)))
+    alone = torch.cat([loss(slice(i, i + 1)) for i in range(3)])
+    assert torch.allclose(together, alone, rtol=1e-5)
+
+
 def test_latents_carry_the_scale_of_the_vae_config() -> None:
     decoder = small_models.decoder()
     batch = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8)
@@ -65,6 +84,7 @@ def test_a_sample_depends_on_its_seed_and_not_on_its_batch() -> None:
         (Timesteps(mode="fixed", fixed=321), 321, 322),
         (Timesteps(mode="uniform", high_noise_share=1.0, high_noise_from=600), 600, 1000),
         (Timesteps(mode="stratified"), 0, 1000),
+        (Timesteps(mode="logit_normal"), 0, 1000),
     ],
 )
 def test_timesteps_stay_in_their_range(settings: Timesteps, low: int, high: int) -> None:
@@ -72,3 +92,8 @@ def test_timesteps_stay_in_their_range(settings: Timesteps, low: int, high: int)
     assert low <= int(drawn.min()) and int(drawn.max()) < high
     if settings.mode == "stratified":
         assert len(set((drawn // 2).tolist())) == 500, "every slice of the schedule is drawn once"
+    if settings.mode == "logit_normal":
+        middle = ((drawn >= 269) & (drawn < 731)).float().mean()
+        assert middle == pytest.approx(0.683, abs=0.06), (
+            "one standard deviation of the normal: sigmoid(-1) to sigmoid(1)"
+        )

@@ -15,7 +15,7 @@ from tests.conftest import ROOT
 from tests.train_together import STEPS, train
 from vlv import draws, files
 from vlv.config import ConfigError, Timesteps
-from vlv.models.decoder import draw_timesteps
+from vlv.models.decoders.timesteps import draw_timesteps
 from vlv.training import runtime, workers
 
 LAUNCH = ROOT / "configs" / "accelerate"

@@ -2,7 +2,7 @@
 
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from vlv.config.base import Positive, Section, Weights
 
@@ -28,9 +28,11 @@ class Encoder(Section):
 class Decoder(Section):
     """The frozen text-to-image model."""
 
-    kind: Literal["stable_diffusion"]
+    kind: Literal["stable_diffusion", "sdxl", "sd3"] = Field(
+        description="stable_diffusion: 1.x and 2.x; sdxl: XL; sd3: 3 and 3.5"
+    )
     pretrained: str = Field(
-        description="reference to a diffusers folder: vae, unet, text_encoder, tokenizer, scheduler"
+        description="reference to a diffusers folder: vae, unet or transformer, text encoders, tokenizers, scheduler"
     )
     weights: Weights
     architecture: str | None = None
@@ -39,6 +41,13 @@ class Decoder(Section):
         description="True: caption embeddings pass the frozen text encoder (the paper's headline); "
         "False: they are the cross-attention context itself (the release's other choice)"
     )
+    use_t5: bool = Field(default=False, description="sd3: whether the T5 encoder takes part (it may be left away)")
+
+    @model_validator(mode="after")
+    def _check(self) -> "Decoder":
+        if self.use_t5 and self.kind != "sd3":
+            raise ValueError(f"use_t5 is for kind sd3; a decoder of kind {self.kind} has no T5")
+        return self
 
 
 class LanguageModel(Section):

@@ -29,7 +29,9 @@ class Optimizer(Section):
 class Timesteps(Section):
     """How diffusion timesteps are drawn."""
 
-    mode: Literal["uniform", "stratified", "fixed"]
+    mode: Literal["uniform", "stratified", "logit_normal", "fixed"] = Field(
+        description="logit_normal: as Stable Diffusion 3 was trained, most draws of middling noise"
+    )
     fixed: Annotated[int, Field(ge=0, lt=1000)] = 0
     high_noise_share: Share = Field(
         default=0.0, description="share of draws from [high_noise_from, 1000), where the context decides most"

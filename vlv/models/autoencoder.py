@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -11,7 +12,8 @@ from vlv import config, draws, images
 from vlv.config import Config, Paths
 from vlv.models import folder as folders
 from vlv.models import pretrained
-from vlv.models.decoder import StableDiffusionDecoder
+from vlv.models.conditioners.base import Context
+from vlv.models.decoders.base import Decoder
 from vlv.models.encoder import CaptionEncoder
 
 KIND = "autoencoder"
@@ -41,9 +43,7 @@ class Autoencoder(nn.Module):
         settings: how the loss is drawn; None for a model that only reconstructs.
     """
 
-    def __init__(
-        self, encoder: CaptionEncoder, decoder: StableDiffusionDecoder, settings: config.Stage1 | None = None
-    ) -> None:
+    def __init__(self, encoder: CaptionEncoder, decoder: Decoder[Any], settings: config.Stage1 | None = None) -> None:
         super().__init__()
         self.encoder, self.decoder = encoder, decoder.requires_grad_(False)
         self.settings = settings
@@ -78,9 +78,10 @@ class Autoencoder(nn.Module):
         return mean.float(), spread.float()
 
     @torch.no_grad()
-    def context(self, batch: torch.Tensor) -> torch.Tensor:
-        """Images (B, 3, H, W) uint8 -> context (B, Q, C)."""
-        return self.decoder.condition(self.encoder(self.encoder.features(batch)).float())
+    def context(self, batch: torch.Tensor) -> torch.Tensor | Context:
+        """Images (B, 3, H, W) uint8 -> the decoder's context: (B, Q, C), or a Context of these lengths."""
+        context: torch.Tensor | Context = self.decoder.condition(self.encoder(self.encoder.features(batch)).float())
+        return context
 
     def reconstruct(
         self,

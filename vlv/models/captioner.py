@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -14,7 +15,7 @@ from vlv.config import Config, Paths
 from vlv.models import adapters, pretrained
 from vlv.models import folder as folders
 from vlv.models.autoencoder import build_encoder
-from vlv.models.conditioner import TextConditioner
+from vlv.models.conditioners.base import Conditioner
 from vlv.models.encoder import CaptionEncoder, Learn
 
 KIND = "captioner"
@@ -87,7 +88,7 @@ class Captioner(nn.Module):
     def __init__(
         self,
         encoder: CaptionEncoder,
-        conditioner: TextConditioner,
+        conditioner: Conditioner[Any],
         prefix: Prefix,
         language_model: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase,
@@ -118,7 +119,7 @@ class Captioner(nn.Module):
         return self._context(self.encoder.features(batch))
 
     def _context(self, features: torch.Tensor) -> torch.Tensor:
-        return self.conditioner.condition(self.encoder(features).float())
+        return self.conditioner.states(self.encoder(features).float())
 
     def forward(self, batch: Stage2Batch, generator: torch.Generator) -> torch.Tensor:
         """Mean cross-entropy of the labelled tokens; draws nothing from `generator`.

@@ -11,26 +11,42 @@ from typing import Any
 
 import safetensors.torch
 import torch
-from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
+from diffusers import (
+    AutoencoderKL,
+    DDPMScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    SD3Transformer2DModel,
+    UNet2DConditionModel,
+)
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     CLIPTextConfig,
     CLIPTextModel,
+    CLIPTextModelWithProjection,
     Florence2Config,
     Florence2ForConditionalGeneration,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
+    T5Config,
+    T5EncoderModel,
 )
 from transformers.utils import logging
 
 from vlv import assets, config
 from vlv.config import Paths
 from vlv.models import encoder as encoders
-from vlv.models.conditioner import TextConditioner
-from vlv.models.decoder import StableDiffusionDecoder
+from vlv.models.conditioners.base import Conditioner
+from vlv.models.conditioners.clip import ClipReader
+from vlv.models.conditioners.sd3 import SD3Conditioner, T5Reader
+from vlv.models.conditioners.sdxl import SDXLConditioner
+from vlv.models.conditioners.stable_diffusion import TextConditioner
+from vlv.models.decoders.base import Decoder
+from vlv.models.decoders.sd3 import SD3Decoder
+from vlv.models.decoders.sdxl import SDXLDecoder
+from vlv.models.decoders.stable_diffusion import StableDiffusionDecoder
 from vlv.models.encoder import CaptionEncoder, Projection
 
 logging.disable_progress_bar()  # parts load in a moment here; a bar for each only hides what takes long
@@ -92,38 +108,65 @@ def tokenizer(folder: Path) -> PreTrainedTokenizerBase:
         return loaded
 
 
-def conditioner(section: config.Decoder, paths: Paths) -> TextConditioner:
+def _text_encoder(cls: Any, settings_cls: Any, folder: Path, name: str, weights: config.Weights) -> Any:
+    with _building(name, folder, weights):
+        if weights == "random":
+            settings = settings_cls.from_pretrained(folder / name)
+            settings._attn_implementation = _attention()
+            return cls(settings).float().eval()
+        return cls.from_pretrained(
+            folder / name, use_safetensors=True, dtype=torch.float32, attn_implementation=_attention()
+        ).eval()
+
+
+def conditioner(section: config.Decoder, paths: Paths) -> Conditioner[Any]:
     """The frozen text side of the decoder."""
     folder = folder_of(section, paths)
-    with _building("text_encoder", folder, section.weights):
-        if section.weights == "random":
-            settings = CLIPTextConfig.from_pretrained(folder / "text_encoder")
-            settings._attn_implementation = _attention()
-            text_encoder = CLIPTextModel(settings).float()
-        else:
-            text_encoder = CLIPTextModel.from_pretrained(
-                folder / "text_encoder",
-                use_safetensors=True,
-                dtype=torch.float32,
-                attn_implementation=_attention(),
-            )
-    # An architecture alone (weights: random) may come without words; then only embeddings can be conditioned on.
-    words = tokenizer(folder / "tokenizer") if (folder / "tokenizer").exists() else None
-    return TextConditioner(text_encoder.eval(), words, use_text_encoder=section.use_text_encoder)
+    through = section.use_text_encoder
+
+    def words(name: str) -> PreTrainedTokenizerBase | None:
+        # An architecture alone (weights: random) may come without words; then only embeddings can be conditioned on.
+        return tokenizer(folder / name) if (folder / name).exists() else None
+
+    def reader(cls: Any, number: str) -> ClipReader:
+        model = _text_encoder(cls, CLIPTextConfig, folder, f"text_encoder{number}", section.weights)
+        return ClipReader(model, words(f"tokenizer{number}"))
+
+    match section.kind:
+        case "stable_diffusion":
+            text_encoder = _text_encoder(CLIPTextModel, CLIPTextConfig, folder, "text_encoder", section.weights)
+            return TextConditioner(text_encoder, words("tokenizer"), use_text_encoder=through)
+        case "sdxl":
+            first, second = reader(CLIPTextModel, ""), reader(CLIPTextModelWithProjection, "_2")
+            return SDXLConditioner(first, second, use_text_encoder=through)
+        case "sd3":
+            first, second = reader(CLIPTextModelWithProjection, ""), reader(CLIPTextModelWithProjection, "_2")
+            t5 = None
+            if section.use_t5:
+                model = _text_encoder(T5EncoderModel, T5Config, folder, "text_encoder_3", section.weights)
+                t5 = T5Reader(model, words("tokenizer_3"))
+            return SD3Conditioner(first, second, t5, use_text_encoder=through)
 
 
-def decoder(section: config.Decoder, paths: Paths) -> StableDiffusionDecoder:
+# kind -> its class, its denoiser's class and folder, its schedule's class
+_KINDS: dict[str, tuple[Any, Any, str, Any]] = {
+    "stable_diffusion": (StableDiffusionDecoder, UNet2DConditionModel, "unet", DDPMScheduler),
+    "sdxl": (SDXLDecoder, UNet2DConditionModel, "unet", DDPMScheduler),
+    "sd3": (SD3Decoder, SD3Transformer2DModel, "transformer", FlowMatchEulerDiscreteScheduler),
+}
+
+
+def decoder(section: config.Decoder, paths: Paths) -> Decoder[Any]:
     """The whole frozen text-to-image model."""
     folder = folder_of(section, paths)
+    kind, denoiser_class, denoiser, schedule = _KINDS[section.kind]
     with _building("scheduler", folder, "pretrained"):
-        scheduler = DDPMScheduler.from_pretrained(folder, subfolder="scheduler")
-    built = StableDiffusionDecoder(
-        _diffusers(AutoencoderKL, folder, "vae", section.weights),
-        _diffusers(UNet2DConditionModel, folder, "unet", section.weights),
-        conditioner(section, paths),
-        scheduler,
-        image_size=section.image_size,
-    )
+        scheduler = schedule.from_pretrained(folder, subfolder="scheduler")
+    vae = _diffusers(AutoencoderKL, folder, "vae", section.weights)
+    network = _diffusers(denoiser_class, folder, denoiser, section.weights)
+    text_side = conditioner(section, paths)
+    with _building("decoder", folder, "pretrained"):
+        built: Decoder[Any] = kind(vae, network, text_side, scheduler, image_size=section.image_size)
     return built.requires_grad_(False)
 
 

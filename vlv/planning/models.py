@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from vlv.config import Config, Paths, Precision
+from vlv.config import Config, ConfigError, Paths, Precision
 from vlv.models import pretrained
 from vlv.models.autoencoder import Autoencoder
 from vlv.models.captioner import Prefix
@@ -23,7 +23,12 @@ def autoencoder(settings: Config, paths: Paths, mode: FakeTensorMode, target: Ta
     """Stage 1's model. Weights are not read: the architectures' configurations are enough.
 
     The prompt's length is estimated (words and punctuation marks, begin and end), as the tokenizer may not be at hand.
+
+    Raises:
+        ConfigError: a kind of decoder whose steps are not counted yet.
     """
+    if settings.decoder.kind != "stable_diffusion":
+        raise ConfigError(f"vlv plan counts decoder.kind stable_diffusion only so far, not {settings.decoder.kind}")
     random = {"weights": "random"}
     encoder = settings.encoder.model_copy(update={**random, "prompt": ""})
     decoder = settings.decoder.model_copy(update=random)

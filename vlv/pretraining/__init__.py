@@ -16,8 +16,8 @@ import torch
 
 from vlv import config, files
 from vlv.config import Paths, ScenesSource
-from vlv.models.conditioner import TextConditioner
-from vlv.models.decoder import StableDiffusionDecoder
+from vlv.models.conditioners.stable_diffusion import TextConditioner
+from vlv.models.decoders.stable_diffusion import StableDiffusionDecoder
 from vlv.models.pretrained import STATISTICS
 from vlv.models.recogniser import SceneRecogniser
 from vlv.pretraining import encoder, lm, recogniser, teacher, text, vae

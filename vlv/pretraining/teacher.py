@@ -13,7 +13,7 @@ from diffusers import DDPMScheduler, UNet2DConditionModel
 from torch import nn
 
 from vlv.config import Optimizer, Timesteps, Training
-from vlv.models.decoder import StableDiffusionDecoder
+from vlv.models.decoders.stable_diffusion import StableDiffusionDecoder
 from vlv.pretraining.scene_pool import Pool
 from vlv.pretraining.text import WIDTH
 from vlv.progress import meter

@@ -1,17 +1,15 @@
-"""The text side of a Stable Diffusion: prompts or caption embeddings -> cross-attention context.
-
-It stands apart from the UNet and the VAE because the captioner needs it without them.
-"""
+"""The text side of Stable Diffusion 1.x and 2.x: one CLIP text encoder, whose final states are the context."""
 
 from collections.abc import Sequence
 
 import torch
-from torch import nn
 from transformers import CLIPTextModel, PreTrainedTokenizerBase
-from transformers.masking_utils import create_causal_mask
+
+from vlv.models.conditioners import clip
+from vlv.models.conditioners.base import Conditioner
 
 
-class TextConditioner(nn.Module):
+class TextConditioner(Conditioner[torch.Tensor]):
     """The frozen CLIP text encoder and its tokenizer.
 
     Args:
@@ -36,11 +34,15 @@ class TextConditioner(nn.Module):
         Through the frozen text encoder as its input embeddings (positions added, causal mask, final norm;
         arXiv 2507.07104), or unchanged where `use_text_encoder` is off.
         """
-        return self._encode(inputs_embeds=embeddings) if self.use_text_encoder else embeddings
+        return self._encode(embeddings) if self.use_text_encoder else embeddings
+
+    def states(self, embeddings: torch.Tensor) -> torch.Tensor:
+        """The context itself, (B, Q, W)."""
+        return self.condition(embeddings)
 
     def embed_text(self, prompts: Sequence[str]) -> torch.Tensor:
         """Prompts -> context (B, T, W), padded as the tokenizer does for this model."""
-        return self._encode(input_ids=self.tokenize(prompts))
+        return self._encode(self.text_encoder.embeddings.token_embedding(self.tokenize(prompts)))
 
     def tokenize(self, prompts: Sequence[str]) -> torch.Tensor:
         """Prompts -> ids (B, T), padded to the text encoder's full length.
@@ -48,20 +50,8 @@ class TextConditioner(nn.Module):
         Raises:
             ValueError: built from an architecture without a tokenizer.
         """
-        if self.tokenizer is None:
-            raise ValueError("this text encoder came without a tokenizer, so it can read no prompt")
-        length = self.text_encoder.config.max_position_embeddings
-        encoded = self.tokenizer(
-            list(prompts), padding="max_length", truncation=True, max_length=length, return_tensors="pt"
-        )
-        ids: torch.Tensor = encoded["input_ids"]
+        ids = clip.tokenize(self.tokenizer, prompts, self.text_encoder.config.max_position_embeddings)
         return ids.to(self.text_encoder.device)
 
-    def _encode(self, input_ids: torch.Tensor | None = None, inputs_embeds: torch.Tensor | None = None) -> torch.Tensor:
-        # CLIPTextModel.forward takes no inputs_embeds, so its own parts are called in its own order.
-        model = self.text_encoder
-        hidden = model.embeddings(input_ids=input_ids, inputs_embeds=inputs_embeds)
-        mask = create_causal_mask(config=model.config, inputs_embeds=hidden, attention_mask=None, past_key_values=None)
-        encoded = model.encoder(inputs_embeds=hidden, attention_mask=mask, is_causal=True)
-        context: torch.Tensor = model.final_layer_norm(encoded.last_hidden_state)
-        return context
+    def _encode(self, embeddings: torch.Tensor) -> torch.Tensor:
+        return clip.finish(self.text_encoder, clip.penultimate(self.text_encoder, embeddings))

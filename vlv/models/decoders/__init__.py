@@ -1,0 +1,1 @@
+"""The frozen text-to-image decoders behind one small interface (`base.Decoder`)."""
