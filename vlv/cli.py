@@ -24,6 +24,7 @@ ANSWER = 2
 EXIT_CODES = {
     "vlv.registry.promotion.PromotionRefused": 3,  # a verdict: all went well, the model is not good enough
     "vlv.training.runtime.Stopped": 128 + signal.SIGTERM,  # asked to stop, and saved
+    "vlv.training.workers.WorkersStopped": 128 + signal.SIGTERM,
 }
 _QUIET = {
     "DO_NOT_TRACK": "true",

@@ -25,11 +25,11 @@ _LINE_EVERY = 10.0  # seconds
 class Meter:
     """Counts work done towards `total`; see `meter`."""
 
-    def __init__(self, description: str, total: int) -> None:
-        self._description, self._total, self._done = description, total, 0
+    def __init__(self, description: str, total: int, silent: bool = False) -> None:
+        self._description, self._total, self._done, self._silent = description, total, 0, silent
         self._start = self._last = time.monotonic()
         self._bar: Progress | None = None
-        if sys.stderr.isatty():
+        if sys.stderr.isatty() and not silent:
             self._bar = Progress(
                 TextColumn("[bold]{task.description}"), BarColumn(), MofNCompleteColumn(),
                 TimeElapsedColumn(), TimeRemainingColumn(), TextColumn("{task.fields[note]}"),
@@ -47,7 +47,7 @@ class Meter:
     ) -> None:
         if self._bar:
             self._bar.stop()
-        elif kind is None:
+        elif kind is None and not self._silent:
             log.info("%s: %d done in %.0f s", self._description, self._done, time.monotonic() - self._start)
 
     def skip(self, done: int) -> None:
@@ -66,7 +66,7 @@ class Meter:
             self._bar.update(self._task, completed=self._done, note=note)
             return
         now = time.monotonic()
-        if now - self._last >= _LINE_EVERY:
+        if now - self._last >= _LINE_EVERY and not self._silent:
             self._last = now
             rate = (self._done - self._skipped) / (now - self._start)
             left = (self._total - self._done) / rate if rate else 0.0
@@ -74,7 +74,10 @@ class Meter:
 
 
 @contextmanager
-def meter(description: str, total: int) -> Iterator[Meter]:
-    """Show progress of `total` units of work: `with meter("Encoding", n) as m: ... m.advance(k)`."""
-    with Meter(description, total) as m:
+def meter(description: str, total: int, silent: bool = False) -> Iterator[Meter]:
+    """Show progress of `total` units of work: `with meter("Encoding", n) as m: ... m.advance(k)`.
+
+    `silent`: one of several processes, of which another shows it.
+    """
+    with Meter(description, total, silent) as m:
         yield m

@@ -11,16 +11,17 @@ from pydantic import Field, ValidationError, model_validator
 
 from vlv import files
 from vlv.config.base import ConfigError, Precision, Section, Weights
+from vlv.config.compute import Compute
 from vlv.config.data import Data, DataGate, ImportedSource, ScenesSource
 from vlv.config.models import Decoder, Encoder, LanguageModel
 from vlv.config.paths import Paths
 from vlv.config.results import Evaluate, Register
-from vlv.config.training import Optimizer, Stage1, Stage2, Timesteps, Training
+from vlv.config.training import Lora, Optimizer, Stage1, Stage2, Timesteps, Training
 
 __all__ = [
-    "Config", "ConfigError", "Data", "DataGate", "Decoder", "Encoder", "Evaluate", "ImportedSource", "LanguageModel",
-    "Optimizer", "Paths", "Precision", "Register", "ScenesSource", "Section", "Stage1", "Stage2", "Timesteps",
-    "Training", "Weights", "load", "parse", "profiles", "use",
+    "Compute", "Config", "ConfigError", "Data", "DataGate", "Decoder", "Encoder", "Evaluate", "ImportedSource",
+    "LanguageModel", "Lora", "Optimizer", "Paths", "Precision", "Register", "ScenesSource", "Section", "Stage1",
+    "Stage2", "Timesteps", "Training", "Weights", "load", "parse", "profiles", "use",
 ]  # fmt: skip
 
 
@@ -36,11 +37,17 @@ class Config(Section):
     stage2: Stage2
     evaluate: Evaluate
     register_: Annotated[Register, Field(alias="register")]
+    compute: Compute = Field(default_factory=Compute)
 
     @model_validator(mode="after")
     def _check(self) -> "Config":
         if self.evaluate.reconstructions > self.evaluate.captions:
             raise ValueError("evaluate.reconstructions must not exceed evaluate.captions")
+        if self.stage2.cache_features and (self.stage2.learn != "mlp+llm+encoder" or self.stage1.learn == "all"):
+            raise ValueError(
+                "stage2.cache_features is for stage2.learn mlp+llm+encoder with a frozen vision tower (stage1.learn "
+                "not all): a frozen encoder's context is cached anyway, a learning tower has nothing to keep"
+            )
         return self
 
 

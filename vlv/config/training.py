@@ -44,6 +44,15 @@ class Training(Section):
     batch_size: Positive = Field(description="samples in one optimizer step, over all processes")
     accumulation: Positive = Field(default=1, description="micro-batches in one step; divides batch_size")
     precision: Precision
+    gradient_checkpointing: bool = Field(
+        default=False,
+        description="recompute activations in the backward pass: less memory, one more forward of what learns or "
+        "passes gradients",
+    )
+    frozen_precision: Precision = Field(
+        default="fp32",
+        description="how frozen Linear and convolution weights are stored; bf16 halves them, needs precision bf16",
+    )
     seed: int
     checkpoint_every: Positive = Field(description="steps")
     log_every: Positive = Field(description="steps")
@@ -53,6 +62,10 @@ class Training(Section):
     def _divides(self) -> "Training":
         if self.batch_size % self.accumulation:
             raise ValueError(f"accumulation {self.accumulation} does not divide batch_size {self.batch_size}")
+        if self.frozen_precision == "bf16" and self.precision != "bf16":
+            raise ValueError(
+                "frozen_precision bf16 needs precision bf16: there is no fp32 arithmetic with bf16 weights"
+            )
         return self
 
 
@@ -78,8 +91,30 @@ class Stage1(Training):
         return self
 
 
+class Lora(Section):
+    """Low-rank adapters in the language model (Hu et al., arXiv 2106.09685); read where learn is mlp+lora."""
+
+    rank: Positive = 16
+    alpha: Positive = Field(default=32, description="the adapters' output is scaled by alpha / rank")
+    targets: list[str] = Field(
+        default_factory=lambda: ["q_proj", "k_proj", "v_proj", "o_proj"],
+        description="names of the Linear layers that get an adapter",
+    )
+
+
 class Stage2(Training):
     """Stage 2: image-caption pairs (arXiv 2507.07104)."""
 
-    learn: Literal["mlp", "mlp+llm"] = Field(description="what learns")
+    learn: Literal["mlp", "mlp+llm", "mlp+lora", "mlp+llm+encoder"] = Field(
+        description="what learns; with the encoder (the same parts of it as in Stage 1) no context can be cached"
+    )
+    lora: Lora = Field(default_factory=Lora)
     max_caption_tokens: Positive = Field(description="longer captions are cut (and counted)")
+    batching: Literal["shuffled", "bucketed"] = Field(
+        default="shuffled",
+        description="bucketed: captions of like length share a batch, among those of bucket_window steps: less padding",
+    )
+    bucket_window: Positive = Field(default=32, description="steps")
+    cache_features: bool = Field(
+        default=False, description="mlp+llm+encoder: compute the frozen vision tower once and keep its features on disk"
+    )

@@ -6,6 +6,7 @@ size), and each file carries the hash of its shard: a stale or foreign tensor is
 
 import json
 import logging
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -21,6 +22,9 @@ from vlv.progress import meter
 log = logging.getLogger(__name__)
 
 Compute = Callable[[torch.Tensor], Mapping[str, torch.Tensor]]
+
+_POLL_SECONDS = 0.5
+_GIVE_UP_SECONDS = 3600.0  # without a new shard from any other process
 
 
 class ShardCache:
@@ -52,16 +56,33 @@ class ShardCache:
             log.warning("%s is damaged; computing it anew", path)
             return False
 
-    def fill(self, data: Path, entries: list[ShardEntry], compute: Compute, batch_size: int = 100) -> None:
+    def fill(
+        self,
+        data: Path,
+        entries: list[ShardEntry],
+        compute: Compute,
+        batch_size: int = 100,
+        *,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> None:
         """Compute what is missing: `compute` maps images (B, 3, H, W) uint8 to named tensors (B, ...).
 
-        Tensors are kept in bfloat16. A kill costs at most the shard in work.
+        Tensors are kept in bfloat16. A kill costs at most the shard in work. Each of `world_size` processes
+        computes its share of the shards, then waits for the others'.
+
+        Raises:
+            DataError: the others finish no shard for an hour.
         """
-        missing = [entry for entry in entries if not self._is_current(entry)]
-        if not missing:
-            return
-        with meter(f"Caching {self.kind} of {self._split}", sum(e.samples for e in missing)) as progress:
-            for entry in missing:
+        mine = [entry for entry in entries[rank::world_size] if not self._is_current(entry)]
+        if mine:
+            self._compute(data, mine, compute, batch_size)
+        if world_size > 1:
+            self._wait(entries)
+
+    def _compute(self, data: Path, entries: list[ShardEntry], compute: Compute, batch_size: int) -> None:
+        with meter(f"Caching {self.kind} of {self._split}", sum(e.samples for e in entries)) as progress:
+            for entry in entries:
                 samples = shards.read_shard(data / self._split / entry.name, entry)
                 parts: list[Mapping[str, torch.Tensor]] = []
                 for i in range(0, len(samples), batch_size):
@@ -76,6 +97,21 @@ class ShardCache:
                 joined = {name: torch.cat([part[name] for part in parts]).contiguous() for name in parts[0]}
                 with files.atomic_path(self._path(entry)) as temporary:
                     safetensors.torch.save_file(joined, temporary, metadata={"shard_sha256": entry.sha256})
+
+    def _wait(self, entries: list[ShardEntry]) -> None:
+        missing, last = entries, time.monotonic()
+        while True:
+            left = [entry for entry in missing if not self._is_current(entry)]
+            if not left:
+                return
+            if len(left) < len(missing):
+                missing, last = left, time.monotonic()
+            if time.monotonic() - last > _GIVE_UP_SECONDS:
+                raise shards.DataError(
+                    f"{self._path(left[0])} and {len(left) - 1} more were left to other processes, which finished none "
+                    f"for an hour. All machines need this folder on a file system they share."
+                )
+            time.sleep(_POLL_SECONDS)
 
     def load(self, entry: ShardEntry) -> dict[str, torch.Tensor]:
         """The tensors of one shard, in file order.

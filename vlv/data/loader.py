@@ -3,6 +3,9 @@
 So a training resumed at any step sees exactly the samples it would have seen, and what is skipped is neither
 read nor decoded. The order runs through all shards in turn: a shard's samples are shuffled among themselves,
 and the shards, anew in each epoch.
+
+Grouped by length, the samples of a window of steps change places among themselves, so that a step's samples are
+of like length; that too is a function of the seed and the window.
 """
 
 from collections import OrderedDict
@@ -44,6 +47,22 @@ class Batch:
     def scenes(self) -> list[Scene]:
         """The known truth of each sample; `KeyError` where the data has none."""
         return [Scene.from_json(meta["scene"]) for meta in self.meta]
+
+
+@dataclass(frozen=True)
+class Grouping:
+    """Samples of like length in one step.
+
+    Attributes:
+        length: of a sample, by its caption.
+        step_size: samples in one optimizer step, over all processes and micro-batches: so many stay together
+            whatever number of processes and micro-batches shares them.
+        window: steps whose samples change places.
+    """
+
+    length: Callable[[str | None], int]
+    step_size: int
+    window: int
 
 
 class _Order:
@@ -91,6 +110,7 @@ class ShardLoader:
         seed: of the order.
         with_images: False: no image is decoded and `Batch.images` is None.
         rank, world_size: this process takes its contiguous part of each global batch.
+        grouping: samples of like length together; its `step_size` is a multiple of `batch_size`.
         extra: tensors to join, such as cached latents; asked once for each shard that is loaded.
         memory: bytes of shards that stay decoded between epochs, least recently used out first. The shard in
             use stays in encoded form whatever its size.
@@ -109,6 +129,7 @@ class ShardLoader:
         with_images: bool = True,
         rank: int = 0,
         world_size: int = 1,
+        grouping: Grouping | None = None,
         extra: Extra | None = None,
         memory: int = 2 << 30,
     ) -> None:
@@ -119,7 +140,7 @@ class ShardLoader:
             raise DataError(f"{data} has no samples in split {split!r}. {shards.REMEDY}")
         self._folder, self._entries = data / split, entry.shards
         self._batch_size, self._seed, self._with_images = batch_size, seed, with_images
-        self._rank, self._world_size = rank, world_size
+        self._rank, self._world_size, self._grouping = rank, world_size, grouping
         self._extra, self._memory = extra, memory
         self._loaded: OrderedDict[int, _Loaded] = OrderedDict()
         self.samples = entry.samples  # in one epoch
@@ -130,14 +151,34 @@ class ShardLoader:
         return list(self._entries)
 
     def batches(self, start_step: int = 0) -> Iterator[Batch]:
-        """Endless batches from optimizer step `start_step` on; they run across shard and epoch borders."""
+        """Endless batches from the global batch `start_step` on; they run across shard and epoch borders."""
         step = start_step
         local = self._batch_size // self._world_size
         order = _Order([entry.samples for entry in self._entries], self._seed)
+        place_of = self._grouped(order, self._grouping) if self._grouping is not None else order.at
         while True:
             first = step * self._batch_size + self._rank * local
-            yield self._batch([order.at(place) for place in range(first, first + local)])
+            yield self._batch([place_of(place) for place in range(first, first + local)])
             step += 1
+
+    def _grouped(self, order: _Order, grouping: Grouping) -> Callable[[int], _Position]:
+        """The order after the samples of each window have changed places; holds one window."""
+        size = grouping.step_size * grouping.window
+        held: tuple[int, list[_Position]] = (-1, [])
+
+        def place_of(place: int) -> _Position:
+            nonlocal held
+            window, within = divmod(place, size)
+            if window != held[0]:
+                places = [order.at(window * size + i) for i in range(size)]
+                captions = [self._load(shard).samples[row].caption for shard, row in places]
+                lengths = np.array([grouping.length(caption) for caption in captions])
+                by_length = np.argsort(lengths, kind="stable").reshape(grouping.window, grouping.step_size)
+                turns = np.random.default_rng([self._seed, window, size]).permutation(grouping.window)
+                held = window, [places[i] for i in by_length[turns].ravel()]
+            return held[1][within]
+
+        return place_of
 
     def iterate(self, limit: int | None = None) -> Iterator[Batch]:
         """The split once, in file order, in batches of `batch_size` (the last may be smaller).

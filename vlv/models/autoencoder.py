@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from vlv import config, images
+from vlv import config, draws, images
 from vlv.config import Config, Paths
 from vlv.models import folder as folders
 from vlv.models import pretrained
@@ -58,9 +58,9 @@ class Autoencoder(nn.Module):
         features = batch.features.to(self.device) if batch.features is not None else self._features(batch)
         context = self.decoder.condition(self.encoder(features.float()).float())
         mean, spread = self._latents(batch)
-        draws = self.settings.draws_per_image
-        mean, spread, context = (x.repeat_interleave(draws, 0) for x in (mean, spread, context))
-        latents = mean + spread * torch.randn(mean.shape, generator=generator).to(mean)
+        repeats = self.settings.draws_per_image
+        mean, spread, context = (x.repeat_interleave(repeats, 0) for x in (mean, spread, context))
+        latents = mean + spread * draws.normal(mean.shape, generator).to(mean)
         return self.decoder.loss(
             latents, context, generator, self.settings.timesteps, self.settings.loss, self.settings.same_noise
         ).mean()

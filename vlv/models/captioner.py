@@ -11,11 +11,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from vlv import images
 from vlv.config import Config, Paths
+from vlv.models import adapters, pretrained
 from vlv.models import folder as folders
-from vlv.models import pretrained
 from vlv.models.autoencoder import build_encoder
 from vlv.models.conditioner import TextConditioner
-from vlv.models.encoder import CaptionEncoder
+from vlv.models.encoder import CaptionEncoder, Learn
 
 KIND = "captioner"
 PARTS = ["encoder", "decoder", "language_model"]
@@ -25,11 +25,21 @@ IGNORED = -100  # label of positions without loss, as torch and transformers hav
 
 @dataclass(frozen=True)
 class Stage2Batch:
-    """Context (B, Q, C), token ids (B, T) and labels (B, T) of B image-caption pairs."""
+    """B image-caption pairs, their images in one of three forms.
 
-    context: torch.Tensor
+    Attributes:
+        context: (B, Q, C), where the encoder is frozen; None where it learns.
+        ids: token ids (B, T).
+        labels: (B, T).
+        images: (B, 3, H, W) uint8; None where context or features are given.
+        features: the frozen vision tower's (B, S, D), if cached.
+    """
+
+    context: torch.Tensor | None
     ids: torch.Tensor
     labels: torch.Tensor
+    images: torch.Tensor | None = None
+    features: torch.Tensor | None = None
 
 
 class Prefix(nn.Module):
@@ -47,7 +57,7 @@ class Prefix(nn.Module):
 
 
 class Captioner(nn.Module):
-    """Encoder, conditioning and language model. Only prefix and (by choice) the language model learn.
+    """Encoder, conditioning and language model. The prefix learns and, by choice, what stands on either side of it.
 
     Args:
         conditioner: the text side of the frozen decoder, on the embeddings' way to the context.
@@ -67,18 +77,27 @@ class Captioner(nn.Module):
         self.language_model, self.tokenizer = language_model, tokenizer
         self.max_caption_tokens = max_caption_tokens
 
-    def set_learning(self, learn: str) -> None:
-        """mlp: the prefix; mlp+llm: the language model too. Encoder and conditioning stay frozen."""
+    def set_learning(self, learn: str, in_encoder: Learn = "language_model") -> None:
+        """mlp: the prefix; mlp+llm: the language model too; mlp+lora: its adapters; mlp+llm+encoder: all of these.
+
+        `in_encoder` says what learns in an encoder that does; conditioning stays frozen always.
+        """
         self.requires_grad_(False)
+        if learn == "mlp+llm+encoder":
+            self.encoder.set_learning(in_encoder)
         self.prefix.requires_grad_(True)
-        if learn == "mlp+llm":
+        if learn in ("mlp+llm", "mlp+llm+encoder"):
             self.language_model.requires_grad_(True)
+        elif learn == "mlp+lora":
+            adapters.set_learning(self.language_model)
 
     @torch.no_grad()
     def context(self, batch: torch.Tensor) -> torch.Tensor:
         """Images (B, 3, H, W) uint8 -> context (B, Q, C), without gradient."""
-        embeddings = self.encoder(self.encoder.features(batch))
-        return self.conditioner.condition(embeddings.float())
+        return self._context(self.encoder.features(batch))
+
+    def _context(self, features: torch.Tensor) -> torch.Tensor:
+        return self.conditioner.condition(self.encoder(features).float())
 
     def forward(self, batch: Stage2Batch, generator: torch.Generator) -> torch.Tensor:
         """Mean cross-entropy of the labelled tokens; draws nothing from `generator`.
@@ -88,7 +107,7 @@ class Captioner(nn.Module):
         """
         device = self.prefix.positions.device
         labels = batch.labels.to(device)
-        prefix = self.prefix(batch.context.to(device).float())
+        prefix = self.prefix(self._context_of(batch).to(device).float())
         words = self.language_model.get_input_embeddings()(batch.ids.to(device))
         states = self.language_model.base_model(
             inputs_embeds=torch.cat([prefix.to(words.dtype), words], 1), use_cache=False
@@ -97,6 +116,18 @@ class Captioner(nn.Module):
         labelled = labels != IGNORED
         logits = self.language_model.get_output_embeddings()(predicting[labelled])
         return F.cross_entropy(logits.float(), labels[labelled])
+
+    def _context_of(self, batch: Stage2Batch) -> torch.Tensor:
+        if batch.context is not None:
+            return batch.context
+        if batch.features is not None:
+            return self._context(batch.features.to(self.encoder.queries.device).float())
+        assert batch.images is not None
+        return self._context(self.encoder.features(batch.images))
+
+    def loss_weight(self, batch: Stage2Batch) -> int:
+        """How many tokens the loss of `batch` is a mean over."""
+        return int((batch.labels != IGNORED).sum())
 
     @torch.no_grad()
     def write(self, context: torch.Tensor | None, count: int = 1) -> list[str]:
@@ -136,7 +167,7 @@ class Captioner(nn.Module):
         """Parameters that Stage 1 or Stage 2 changed."""
         self.encoder.set_learning(settings.stage1.learn)
         by_stage_1 = {f"encoder.{n}": p for n, p in self.encoder.named_parameters() if p.requires_grad}
-        self.set_learning(settings.stage2.learn)
+        self.set_learning(settings.stage2.learn, settings.stage1.learn)
         return by_stage_1 | {n: p for n, p in self.named_parameters() if p.requires_grad}
 
     @staticmethod
@@ -150,8 +181,10 @@ class Captioner(nn.Module):
         hidden = settings.language_model.prefix_width
         prefix = Prefix(settings.encoder.queries, conditioner.width, hidden, width)
         tokens = settings.stage2.max_caption_tokens
+        if settings.stage2.learn == "mlp+lora":
+            adapters.insert(language_model, settings.stage2.lora)
         captioner = Captioner(encoder, conditioner, prefix, language_model, tokenizer, tokens)
-        captioner.set_learning(settings.stage2.learn)
+        captioner.set_learning(settings.stage2.learn, settings.stage1.learn)
         return captioner
 
     @staticmethod

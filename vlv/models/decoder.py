@@ -14,7 +14,7 @@ from diffusers import AutoencoderKL, DDPMScheduler, DPMSolverMultistepScheduler,
 from diffusers.models.attention_processor import AttnProcessor
 from torch import nn
 
-from vlv import images
+from vlv import draws, images
 from vlv.config import Timesteps
 from vlv.models.conditioner import TextConditioner
 
@@ -104,8 +104,12 @@ class StableDiffusionDecoder(nn.Module):
         """
         count = len(latents)
         t = draw_timesteps(timesteps, count, self.scheduler.config.num_train_timesteps, generator)
-        shape = latents.shape[1:] if same_noise else latents.shape
-        noise = torch.randn(shape, generator=generator, device=generator.device).to(latents).expand_as(latents)
+        noise = (
+            torch.randn(latents.shape[1:], generator=generator)
+            if same_noise
+            else draws.normal(latents.shape, generator)
+        )
+        noise = noise.to(latents).expand_as(latents)
         t = t.to(latents.device)
         noisy = self.scheduler.add_noise(latents, noise, t)
         match self.scheduler.config.prediction_type:
@@ -154,9 +158,14 @@ class StableDiffusionDecoder(nn.Module):
 def draw_timesteps(settings: Timesteps, count: int, total: int, generator: torch.Generator) -> torch.Tensor:
     """Timesteps (count,) int64 on the generator's device.
 
-    uniform: independent; stratified: one from each of `count` equal slices of [0, total), in random order;
-    fixed: always the same. A share `high_noise_share` of them is drawn anew from [high_noise_from, total).
+    uniform: independent; stratified: one from each of as many equal slices of [0, total) as the batch has samples
+    (over all processes and micro-batches), in random order; fixed: always the same. A share `high_noise_share` of
+    them is drawn anew from [high_noise_from, total).
     """
+    return draws.rows(count, generator, lambda n: _timesteps(settings, n, total, generator))
+
+
+def _timesteps(settings: Timesteps, count: int, total: int, generator: torch.Generator) -> torch.Tensor:
     device = generator.device
     if settings.mode == "fixed":
         return torch.full((count,), settings.fixed, device=device)

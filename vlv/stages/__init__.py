@@ -1,16 +1,20 @@
 """One function for each stage of the pipeline: where the parts meet.
 
 The stages' order, dependencies and outputs are in dvc.yaml. Each reads params.yaml and what earlier stages
-left, writes its outputs and returns its figures; each can be killed at any point and run again.
+left, writes its outputs and returns its figures; each can be killed at any point and run again. A training stage
+starts its own processes where compute.launch says so.
 """
 
 import importlib
+import os
+import sys
 from typing import Any
 
-from vlv import config
-from vlv.config import Paths
+from vlv import config, files
+from vlv.config import Config, Paths
 
 NAMES = ["validate", "stage1", "stage2", "evaluate", "register"]
+_TRAININGS = {"stage1", "stage2"}
 
 
 def run(stage: str, paths: Paths) -> dict[str, Any]:
@@ -23,7 +27,20 @@ def run(stage: str, paths: Paths) -> dict[str, Any]:
     if stage not in NAMES:
         raise ValueError(f"There is no stage {stage!r}; there are: {', '.join(NAMES)}")
     settings = config.load(paths)
+    from vlv.training import workers
+
+    if stage in _TRAININGS and settings.compute.launch and not workers.inside():
+        return _run_in_workers(stage, settings, settings.compute.launch, paths)
     # Imported on demand: torch and its friends take seconds, and no stage needs all of them.
-    module = importlib.import_module(f"vlv.stages.{stage}")
-    result: dict[str, Any] = module.run(settings, paths)
+    with workers.reporting():
+        module = importlib.import_module(f"vlv.stages.{stage}")
+        result: dict[str, Any] = module.run(settings, paths)
     return result
+
+
+def _run_in_workers(stage: str, settings: Config, launch: str, paths: Paths) -> dict[str, Any]:
+    from vlv.training import workers
+
+    workers.run([sys.executable, "-m", "vlv", "run", stage], paths.root / launch, paths.root, dict(os.environ))
+    figures: dict[str, Any] = files.read_json(paths.metrics / f"{stage}.json")
+    return figures

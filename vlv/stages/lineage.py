@@ -26,10 +26,14 @@ def identity(part: config.Encoder | config.Decoder | config.LanguageModel, paths
     return f"{part.weights}:{described['sha256']}"
 
 
+# How a step is computed, not what: a stopped training may go on with another choice.
+_FREE = {"accumulation", "gradient_checkpointing"}
+
+
 def fingerprint(settings: Config, paths: Paths, sections: list[str]) -> str:
     """Everything that decides a training: its sections, its data, its pretrained parts."""
     dump = settings.model_dump(mode="json", by_alias=True)
-    chosen: dict[str, Any] = {name: dump[name] for name in sections}
+    chosen: dict[str, Any] = {name: {k: v for k, v in dump[name].items() if k not in _FREE} for name in sections}
     chosen["manifest"] = files.sha256_file(paths.data / "manifest.json")
     for name in ("encoder", "decoder", "language_model"):
         if name in sections:

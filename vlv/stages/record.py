@@ -10,6 +10,8 @@ from vlv import files, tracking
 from vlv.config import Config, Paths, Training
 from vlv.data import shards
 from vlv.evaluation import report
+from vlv.tracking.run import flatten
+from vlv.training import ledger, runtime
 
 
 class Record:
@@ -30,7 +32,9 @@ class Record:
         self.figures: dict[str, Any] = {}
 
     def result(self) -> dict[str, Any]:
-        """The figures as written."""
+        """The figures as written; none in a process that does not write."""
+        if not runtime.is_main():
+            return {}
         figures: dict[str, Any] = files.read_json(self.paths.metrics / f"{self.stage}.json")
         return figures
 
@@ -42,8 +46,11 @@ def training_record(
     """An MLflow run around a training; yields what the loop calls with its curve.
 
     At the end the curve goes to plots/STAGE.csv and .png, the figures to metrics/STAGE.json, all of it and the
-    model to the run, and the checkpoints are removed.
+    model to the run, and the checkpoints are removed. Of several processes the main one does all this.
     """
+    if not runtime.is_main():
+        yield lambda step, values: None
+        return
     curve = record.training / "curve.jsonl"
     with tracking.start_run(record.paths, record.stage, resume_file=record.training / "run.json") as run:
         run.log_params(settings.model_dump(mode="json", by_alias=True))
@@ -63,13 +70,15 @@ def training_record(
             "samples": training.steps * training.batch_size,
             "final_loss": round(sum(row["loss"] for row in last) / len(last), 5),
             "training_seconds": round(seconds, 1),
+            "cost": ledger.costs(record.training, settings.compute),
         }
         files.write_json(record.paths.metrics / f"{record.stage}.json", record.figures)
         report.write_curve(rows, record.paths.plots / f"{record.stage}.csv")
         report.plot_curve(rows, record.stage, record.paths.plots / f"{record.stage}.png")
         run.log_artifact(record.paths.plots / f"{record.stage}.png")
         run.log_artifact(record.model)
-        run.log_metrics({k: float(v) for k, v in record.figures.items()}, training.steps)
+        numbers = {k: float(v) for k, v in flatten(record.figures).items() if v is not None}
+        run.log_metrics(numbers, training.steps)
     for old in record.folder.glob("training-*"):
         shutil.rmtree(old)
 

@@ -14,12 +14,13 @@ from vlv.evaluation import report
 from vlv.models.autoencoder import Autoencoder, Stage1Batch
 from vlv.stages import lineage
 from vlv.stages.record import Record, training_record
-from vlv.training import loop
+from vlv.training import loop, runtime
 
 
 def run(settings: Config, paths: Paths) -> dict[str, Any]:
     """Train on the training images; captions are never read."""
-    model = Autoencoder.build(settings, paths)
+    device = runtime.join(settings.compute.patience_minutes)
+    model = Autoencoder.build(settings, paths).to(device)
     loader = _loader(settings, paths, model)
 
     def batches(step: int) -> Iterator[Stage1Batch]:
@@ -31,13 +32,15 @@ def run(settings: Config, paths: Paths) -> dict[str, Any]:
     record = Record("stage1", paths, fingerprint)
     with training_record(record, settings, settings.stage1) as on_log:
         loop.train(model, batches, settings.stage1, record.training, fingerprint, on_log, "Stage 1")
-        model.save(record.model, settings, paths, report.card("autoencoder", settings))
+        if runtime.is_main():
+            model.save(record.model, settings, paths, report.card("autoencoder", settings))
     return record.result()
 
 
 def _loader(settings: Config, paths: Paths, model: Autoencoder) -> ShardLoader:
     """Training images, or what the frozen parts make of them where the configuration caches that."""
     s = settings.stage1
+    rank, world = runtime.rank(), runtime.world()
     caches: list[ShardCache] = []
     entries = shards.read_manifest(paths.data).splits["train"].shards
     bf16 = s.precision == "bf16"
@@ -46,7 +49,7 @@ def _loader(settings: Config, paths: Paths, model: Autoencoder) -> ShardLoader:
         identity = {"part": lineage.identity(part, paths), "size": str(part.image_size), "precision": s.precision}
         caches.append(ShardCache(paths.cache, kind, identity, "train"))
         with torch.autocast(model.device.type, torch.bfloat16, enabled=bf16):
-            caches[-1].fill(paths.data, entries, compute)
+            caches[-1].fill(paths.data, entries, compute, rank=rank, world_size=world)
 
     if s.cache_latents:
         cache(
@@ -62,6 +65,6 @@ def _loader(settings: Config, paths: Paths, model: Autoencoder) -> ShardLoader:
         return {key: value for c in caches for key, value in c.load(by_name[name]).items()}
 
     return ShardLoader(
-        paths.data, "train", s.batch_size // s.draws_per_image // s.accumulation, seed=s.seed,
-        with_images=not (s.cache_latents and s.cache_features), extra=extra,
+        paths.data, "train", runtime.share(s, s.batch_size // s.draws_per_image) * world, seed=s.seed, rank=rank,
+        world_size=world, with_images=not (s.cache_latents and s.cache_features), extra=extra,
     )  # fmt: skip

@@ -8,14 +8,14 @@ import torch
 
 from vlv.config import Config, Paths
 from vlv.data import shards, text
-from vlv.data.cache import ShardCache
-from vlv.data.loader import ShardLoader
+from vlv.data.cache import Compute, ShardCache
+from vlv.data.loader import Grouping, ShardLoader
 from vlv.evaluation import report
 from vlv.models.autoencoder import Autoencoder
 from vlv.models.captioner import Captioner, Stage2Batch
 from vlv.stages import lineage
 from vlv.stages.record import Record, training_record
-from vlv.training import loop
+from vlv.training import loop, parallel, runtime
 
 _SECTIONS = ["data", "encoder", "decoder", "stage1", "language_model", "stage2"]
 
@@ -28,7 +28,8 @@ def run(settings: Config, paths: Paths) -> dict[str, Any]:
     with training_record(record, settings, settings.stage2) as on_log:
         captioner, cut = train_captioner(settings, paths, trained, record.training, fingerprint, on_log, "Stage 2")
         record.figures["captions_cut"] = cut
-        captioner.save(record.model, settings, paths, report.card("captioner", settings))
+        if runtime.is_main():
+            captioner.save(record.model, settings, paths, report.card("captioner", settings))
     return record.result()
 
 
@@ -43,20 +44,12 @@ def train_captioner(
 ) -> tuple[Captioner, int]:
     """Stage 2 on the given auto-encoder, in `folder`; returns the captioner and how many captions were cut."""
     s = settings.stage2
+    device = runtime.join(settings.compute.patience_minutes)
     captioner = Captioner.build(settings, paths)
     captioner.encoder.load_state_dict(autoencoder.encoder.state_dict())
-    captioner.set_learning(s.learn)
-    entries = {e.name: e for e in shards.read_manifest(paths.data).splits["train"].shards}
-    # The encoder is frozen, so its context is computed once.
-    identity = {"encoder": lineage.fingerprint_of(captioner.encoder), "part": lineage.identity(settings.decoder, paths)}
-    cache = ShardCache(paths.cache, "context", identity, "train")
-    with torch.autocast(autoencoder.device.type, torch.bfloat16, enabled=s.precision == "bf16"):
-        cache.fill(paths.data, list(entries.values()), lambda x: {"context": captioner.context(x)})
-    loader = ShardLoader(
-        paths.data, "train", s.batch_size // s.accumulation, seed=s.seed, with_images=False,
-        extra=lambda name: cache.load(entries[name]),
-    )  # fmt: skip
-    pad = captioner.tokenizer.pad_token_id or 0
+    captioner.set_learning(s.learn, settings.stage1.learn)
+    captioner.to(device)
+    loader = _loader(settings, paths, captioner)
     cut = 0
 
     def batches(step: int) -> Iterator[Stage2Batch]:
@@ -68,8 +61,45 @@ def train_captioner(
             captions = [caption for caption in batch.captions if caption is not None]
             tokens = text.tokenize(captioner.tokenizer, captions, s.max_caption_tokens)
             cut += tokens.cut
-            ids, labels = text.collate(tokens.ids, pad)
-            yield Stage2Batch(batch.extra["context"], ids, labels)
+            ids, labels = text.collate(tokens.ids, captioner.tokenizer.pad_token_id or 0)
+            extra = batch.extra
+            yield Stage2Batch(extra.get("context"), ids, labels, batch.images, extra.get("features"))
 
     loop.train(captioner, batches, s, folder, fingerprint, on_log, title)
-    return captioner.eval(), cut
+    (all_cut,) = parallel.agree([cut], device)
+    return captioner.eval(), int(all_cut)
+
+
+def _loader(settings: Config, paths: Paths, captioner: Captioner) -> ShardLoader:
+    """Training pairs, with what the frozen parts make of the images where that can be kept."""
+    s = settings.stage2
+    rank, world = runtime.rank(), runtime.world()
+    entries = {e.name: e for e in shards.read_manifest(paths.data).splits["train"].shards}
+    cache = _cache(settings, paths, captioner)
+    if cache is not None:
+        kept, compute = cache
+        with torch.autocast(captioner.encoder.queries.device.type, torch.bfloat16, enabled=s.precision == "bf16"):
+            kept.fill(paths.data, list(entries.values()), compute, rank=rank, world_size=world)
+
+    def length(caption: str | None) -> int:
+        return len(text.tokenize(captioner.tokenizer, [caption or ""], s.max_caption_tokens).ids[0])
+
+    return ShardLoader(
+        paths.data, "train", runtime.share(s, s.batch_size) * world, seed=s.seed, rank=rank, world_size=world,
+        with_images=cache is None, extra=(lambda name: cache[0].load(entries[name])) if cache else None,
+        grouping=Grouping(length, s.batch_size, s.bucket_window) if s.batching == "bucketed" else None,
+    )  # fmt: skip
+
+
+def _cache(settings: Config, paths: Paths, captioner: Captioner) -> tuple[ShardCache, Compute] | None:
+    """What can be computed once: the context of a frozen encoder, else the features of a frozen vision tower."""
+    s = settings.stage2
+    if s.learn != "mlp+llm+encoder":
+        decoder = lineage.identity(settings.decoder, paths)
+        identity = {"encoder": lineage.fingerprint_of(captioner.encoder), "part": decoder}
+        return ShardCache(paths.cache, "context", identity, "train"), lambda x: {"context": captioner.context(x)}
+    if not s.cache_features:
+        return None
+    part = settings.encoder
+    identity = {"part": lineage.identity(part, paths), "size": str(part.image_size), "precision": s.precision}
+    return ShardCache(paths.cache, "features", identity, "train"), lambda x: {"features": captioner.encoder.features(x)}

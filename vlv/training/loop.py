@@ -1,23 +1,33 @@
-"""The training loop. Both stages and the pretraining of the tiny parts go through it; there is no other."""
+"""The training loop. Both stages and the pretraining of the tiny parts go through it; there is no other.
 
+A step's loss is the mean over the whole batch, and its samples and draws are the same, whatever the number of
+processes and micro-batches that share it.
+"""
+
+import contextlib
 import logging
 import math
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, TypeVar, cast, runtime_checkable
 
 import torch
+from accelerate.utils import DistributedType
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
+from torch.utils.flop_counter import FlopCounterMode
 
 from vlv import files
 from vlv.config import Training
 from vlv.progress import meter
-from vlv.training import checkpoint, optim, runtime
+from vlv.training import blocks, checkpoint, optim, parallel, runtime, zero
+from vlv.training.ledger import Ledger
 
 log = logging.getLogger(__name__)
 
 BatchT = TypeVar("BatchT", contravariant=True)
+OnLog = Callable[[int, dict[str, float]], None]
 
 
 class Learner(Protocol[BatchT]):
@@ -25,6 +35,15 @@ class Learner(Protocol[BatchT]):
 
     def __call__(self, batch: BatchT, generator: torch.Generator) -> torch.Tensor:
         """The mean loss of a micro-batch (scalar). All randomness comes from `generator`."""
+        ...
+
+
+@runtime_checkable
+class Weighing(Protocol):
+    """A learner whose loss is a mean over something else than samples, such as tokens."""
+
+    def loss_weight(self, batch: Any) -> int:
+        """Over how many the loss of this micro-batch is a mean."""
         ...
 
 
@@ -38,16 +57,20 @@ def train(
     settings: Training,
     folder: Path,
     fingerprint: str,
-    on_log: Callable[[int, dict[str, float]], None] = lambda step, values: None,
+    on_log: OnLog = lambda step, values: None,
     title: str = "Training",
 ) -> None:
     """Train `module` (a `Learner`) in place for `settings.steps` optimizer steps, from where it last was.
 
+    With several processes each calls it; the main one writes. Where parameters were sharded, they are whole in
+    the main process afterwards, to be saved, and the others' are of no use.
+
     Args:
-        batches: `batches(step)` yields micro-batches from the first one of `step` on, always the same.
-        folder: holds the checkpoints, the lock and the curve (`curve.jsonl`).
+        batches: `batches(step)` yields this process's micro-batches from the first one of `step` on, always the
+            same.
+        folder: holds the checkpoints, the lock, the curve (`curve.jsonl`) and the ledger.
         fingerprint: hash of everything that decides the result; a checkpoint of another one is refused.
-        on_log: called every `log_every` steps with the mean loss, the rate and the speed.
+        on_log: called in the main process every `log_every` steps with the mean loss, the rate and the speed.
 
     Raises:
         LockHeldError: another process trains in `folder`.
@@ -55,71 +78,150 @@ def train(
         Stopped: SIGTERM or Ctrl-C; saved, the same call goes on.
         DivergedError: the loss became NaN or infinite.
     """
-    with files.folder_lock(folder, title), runtime.stop_signal() as stop:
-        accelerator = runtime.accelerator(settings)
+    alone = files.folder_lock(folder, title) if runtime.is_main() else contextlib.nullcontext()
+    with alone, runtime.stop_signal() as stop:
+        _Loop(module, settings, folder, fingerprint, title).run(batches, on_log, stop)
+
+
+class _Loop:
+    """Model, optimizer and averages of one training, as they lie in this process."""
+
+    def __init__(self, module: nn.Module, settings: Training, folder: Path, fingerprint: str, title: str) -> None:
+        self.module, self.settings, self.title, self.fingerprint = module, settings, title, fingerprint
+        self.checkpoints = folder / "checkpoints"
+        self.accelerator = runtime.accelerator(settings)
+        self.device: torch.device = self.accelerator.device
+        if settings.gradient_checkpointing:
+            log.info("%s: %d blocks compute their activations again", title, blocks.recompute(module))
+        if settings.frozen_precision == "bf16":
+            blocks.store_frozen_in_bf16(module)
         parameters = optim.trainable(module)
         optimizer = optim.build(parameters, settings.optimizer)
-        average = optim.WeightAverage(parameters, settings.optimizer.ema_decay)
-        checkpoints = folder / "checkpoints"
-        start = 0
-        if found := checkpoint.newest(checkpoints, fingerprint):
+        found = self._found()
+        if found:
             checkpoint.restore_weights(parameters, found.weights)
-            checkpoint.restore_optimizer(optimizer, parameters, found.optimizer)
-            average.tensors.update({k: v.to(parameters[k].device) for k, v in found.averages.items()})
-            start = found.step
-            log.info("%s: going on from step %d of %d", title, start, settings.steps)
-        model, prepared = accelerator.prepare(module, optimizer)
-        source = batches(start)
+        self.model, self.optimizer = self._prepare(optimizer)
+        # Sharding has put others in the place of the parameters, in the module and in the optimizer.
+        self.parameters = optim.trainable(module)
+        self.deepspeed = self.accelerator.distributed_type == DistributedType.DEEPSPEED
+        self.raw_optimizer: Any = self.optimizer if self.deepspeed else optimizer
+        self.average = optim.WeightAverage(self.parameters, settings.optimizer.ema_decay)
+        self.start = self.saved = 0
+        if found:
+            restore = zero.restore_optimizer if self.deepspeed else checkpoint.restore_optimizer
+            restore(self.raw_optimizer, self.parameters, found.optimizer)
+            self.average.restore(found.averages)
+            self.start = self.saved = found.step
+            log.info("%s: going on from step %d of %d", title, self.start, settings.steps)
+        self.ledger = Ledger(folder, runtime.world()) if runtime.is_main() else None
 
-        def save(step: int) -> None:
-            state = checkpoint.optimizer_tensors(optimizer, parameters)
-            weights: dict[str, torch.Tensor] = {k: p.detach() for k, p in parameters.items()}
-            found = checkpoint.Checkpoint(step, fingerprint, weights, state, average.tensors)
-            checkpoint.save(checkpoints, found)
+    def _found(self) -> checkpoint.Checkpoint | None:
+        """The newest checkpoint. The main process looks for it, and all take the same."""
+        mine = checkpoint.newest(self.checkpoints) if runtime.is_main() else 0
+        step = int(parallel.agree([mine], self.device)[0])
+        return checkpoint.load(self.checkpoints, step, self.fingerprint) if step else None
 
+    def _prepare(self, optimizer: torch.optim.Optimizer) -> tuple[Any, Any]:
+        cast(Any, self.module)._no_split_modules = blocks.names(self.module)  # what accelerate shards as one
+        model, prepared = self.accelerator.prepare(self.module, optimizer)
+        if self.device.type == "cpu":
+            for part in self.module.modules():
+                if isinstance(part, FSDPModule):
+                    part.set_force_sum_reduction_for_comms(True)  # gloo knows no average
+        return model, prepared
+
+    def run(self, batches: Callable[[int], Iterator[object]], on_log: OnLog, stop: list[int]) -> None:
+        s = self.settings
+        source = batches(self.start)
         losses: list[float] = []
-        saved, last = start, time.monotonic()
-        with meter(title, settings.steps) as progress:
-            progress.skip(start)
-            for step in range(start, settings.steps):
-                optim.set_rate(optimizer, optim.rate_share(settings.optimizer, step, settings.steps))
-                total = 0.0
-                for part in range(settings.accumulation):
-                    draw = runtime.generator(settings.seed, step * settings.accumulation + part)
-                    with accelerator.accumulate(model), accelerator.autocast():
-                        loss = model(next(source), draw)
-                        value = loss.item()
-                        if not math.isfinite(value):
-                            raise DivergedError(
-                                f"{title}: the loss is {value} at step {step}. Lower the learning rate; "
-                                f"the last good state is step {saved}."
-                            )
-                        accelerator.backward(loss)
-                        total += value / settings.accumulation
-                        if accelerator.sync_gradients:
-                            accelerator.clip_grad_norm_(parameters.values(), settings.optimizer.clip_norm)
-                        prepared.step()
-                        prepared.zero_grad()
-                if settings.optimizer.ema_decay:
-                    average.update(step + 1)
-                losses.append(total)
-                done = step + 1
-                progress.advance(note=f"loss {sum(losses) / len(losses):.4f}")
-                if done % settings.log_every == 0:
+        last = time.monotonic()
+        with meter(self.title, s.steps, silent=not runtime.is_main()) as progress:
+            progress.skip(self.start)
+            for done in range(self.start + 1, s.steps + 1):
+                loss, stopping = self._step(done - 1, source, stop)
+                losses.append(loss)
+                mean = sum(losses) / len(losses)
+                progress.advance(note=f"loss {mean:.4f}")
+                if done % s.log_every == 0:
                     now = time.monotonic()
-                    rate = len(losses) * settings.batch_size / (now - last)
-                    mean = sum(losses) / len(losses)
-                    on_log(
-                        done,
-                        {"loss": mean, "learning_rate": optimizer.param_groups[0]["lr"], "samples_per_second": rate},
-                    )
+                    rate = len(losses) * s.batch_size / (now - last)
+                    self._log(on_log, done, mean, rate)
                     losses, last = [], now
-                if done % settings.checkpoint_every == 0 or done == settings.steps or stop:
-                    save(done)
-                    saved = done
-                if stop and done < settings.steps:
+                if done % s.checkpoint_every == 0 or done == s.steps or stopping:
+                    self._save(done)
+                if stopping and done < s.steps:
                     raise runtime.Stopped(
-                        f"{title}: stopped and saved at step {done} of {settings.steps}; run it again to go on."
+                        f"{self.title}: stopped and saved at step {done} of {s.steps}; run it again to go on."
                     )
-        if settings.optimizer.ema_decay:
-            average.copy_to_weights()
+        self.average.copy_to_weights()
+        parallel.unshard(self.module)
+
+    def _step(self, step: int, source: Iterator[object], stop: list[int]) -> tuple[float, bool]:
+        """One optimizer step: its mean loss over the whole batch, and whether any process was asked to stop."""
+        s = self.settings
+        optim.set_rate(self.optimizer, optim.rate_share(s.optimizer, step, s.steps))
+        parts = [next(source) for _ in range(s.accumulation)]
+        losses = []
+        for number, (part, share) in enumerate(zip(parts, self._shares(parts), strict=True)):
+            self.accelerator.sync_gradients = number + 1 == len(parts)
+            between = (
+                contextlib.nullcontext() if self.accelerator.sync_gradients else self.accelerator.no_sync(self.model)
+            )
+            bf16 = torch.autocast(self.device.type, torch.bfloat16, enabled=s.precision == "bf16")
+            with between, bf16, self._counted():
+                loss = self.model(part, runtime.part_generator(s, step, number)) * share
+                self.accelerator.backward(loss)
+            losses.append(loss.detach())
+        mine = sum(torch.stack(losses).tolist()) / runtime.world()
+        total, stopping = parallel.agree([mine, float(bool(stop))], self.device)
+        if not math.isfinite(total):
+            raise DivergedError(
+                f"{self.title}: the loss is {total} at step {step}. Lower the learning rate; "
+                f"the last good state is step {self.saved}."
+            )
+        self.accelerator.clip_grad_norm_(self.parameters.values(), s.optimizer.clip_norm)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.average.update(step + 1)
+        if self.ledger is not None:
+            self.ledger.add_step(s.batch_size)
+        return total, stopping > 0
+
+    def _shares(self, parts: list[object]) -> list[float]:
+        """What each micro-batch's mean counts in this process's share of the whole batch's mean.
+
+        Gradients are averaged over the processes, so the shares of all processes add up to their number.
+        """
+        if not isinstance(self.module, Weighing):
+            return [1 / len(parts)] * len(parts)
+        weights = [self.module.loss_weight(part) for part in parts]
+        (total,) = parallel.agree([sum(weights)], self.device)
+        return [weight * runtime.world() / total for weight in weights]
+
+    @contextlib.contextmanager
+    def _counted(self) -> Iterator[None]:
+        """Count the operations of the first micro-batch; the others of a step are taken to cost the same."""
+        if self.ledger is None or self.ledger.flops_per_step is not None:
+            yield
+            return
+        with FlopCounterMode(display=False) as counter:
+            yield
+        self.ledger.flops_per_step = counter.get_total_flops() * self.settings.accumulation * runtime.world()
+
+    def _log(self, on_log: OnLog, step: int, loss: float, rate: float) -> None:
+        if self.ledger is None:
+            return
+        self.ledger.write()
+        learning_rate = self.optimizer.param_groups[0]["lr"]
+        on_log(step, {"loss": loss, "learning_rate": learning_rate, "samples_per_second": rate})
+
+    def _save(self, step: int) -> None:
+        """Gather and write a checkpoint; all processes take part, the main one writes."""
+        weights = parallel.gather(self.parameters)
+        read = zero.optimizer_tensors if self.deepspeed else checkpoint.optimizer_tensors
+        state = parallel.gather(read(self.raw_optimizer, self.parameters))
+        averages = parallel.gather(self.average.tensors)
+        if self.ledger is not None:
+            self.ledger.write()
+            checkpoint.save(self.checkpoints, checkpoint.Checkpoint(step, self.fingerprint, weights, state, averages))
+        self.saved = step

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from vlv.config import Optimizer
+from vlv.training import parallel
 
 
 def trainable(module: nn.Module) -> dict[str, nn.Parameter]:
@@ -65,19 +66,32 @@ def set_rate(optimizer: torch.optim.Optimizer, share: float) -> None:
 
 
 class WeightAverage:
-    """Exponential moving average of the trained weights; short at first so that the start is forgotten."""
+    """Exponential moving average of the trained weights; short at first so that the start is forgotten.
+
+    Attributes:
+        tensors: the averages, laid out as the parameters are; empty where `decay` is 0.
+    """
 
     def __init__(self, parameters: Mapping[str, nn.Parameter], decay: float) -> None:
         self._parameters = parameters
         self._decay = decay
-        self.tensors = {name: p.detach().clone() for name, p in parameters.items()}
+        self.tensors = {name: p.detach().clone() for name, p in parameters.items()} if decay else {}
+
+    @torch.no_grad()
+    def restore(self, saved: Mapping[str, torch.Tensor]) -> None:
+        """Take up averages where a checkpoint left them."""
+        for name, tensor in self.tensors.items():
+            own = parallel.own_part(tensor)
+            own.copy_(parallel.own_part(parallel.laid_out(saved[name], tensor)))
 
     @torch.no_grad()
     def update(self, step: int) -> None:
         """Move towards the weights as they are after `step` (1-based)."""
+        if not self.tensors:
+            return
         decay = min(self._decay, step / (step + 10))
-        current = [self._parameters[name].detach() for name in self.tensors]
-        torch._foreach_lerp_(list(self.tensors.values()), current, 1 - decay)
+        current = [parallel.own_part(self._parameters[name].detach()) for name in self.tensors]
+        torch._foreach_lerp_([parallel.own_part(tensor) for tensor in self.tensors.values()], current, 1 - decay)
 
     @torch.no_grad()
     def copy_to_weights(self) -> None:

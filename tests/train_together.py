@@ -1,0 +1,71 @@
+"""Trainings as the stages do them, small; run by test_parallel in one process, and as a program in several."""
+
+import json
+import os
+import signal
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tests.conftest import ROOT, profile
+from vlv import files
+from vlv.config import Paths
+from vlv.data import text
+from vlv.data.loader import ShardLoader
+from vlv.models.autoencoder import Autoencoder, Stage1Batch
+from vlv.models.captioner import Captioner, Stage2Batch
+from vlv.training import loop, runtime, workers
+
+STEPS, BATCH = 6, 8
+
+
+def train(stage: str, data: Path, folder: Path, *, accumulation: int = 1, stop_at: int = -1, **changes: Any) -> None:
+    """Stage 1 or 2 for 6 steps of 8 images, on its loss and the keys of its samples in `folder`.
+
+    `stop_at`: the last process asks itself to stop in this step; the training is then left saved.
+    """
+    smoke = profile("smoke")
+    section = getattr(smoke, stage).model_copy(
+        update={"steps": STEPS, "batch_size": BATCH, "accumulation": accumulation, "log_every": 1, **changes}
+    )
+    settings = smoke.model_copy(update={stage: section})
+    module: Autoencoder | Captioner = (Autoencoder if stage == "stage1" else Captioner).build(settings, Paths(ROOT))
+    images = BATCH // (section.draws_per_image if stage == "stage1" else 1)
+    loader = ShardLoader(
+        data, "train", runtime.share(section, images) * runtime.world(), seed=section.seed, rank=runtime.rank(),
+        world_size=runtime.world(),
+    )  # fmt: skip
+
+    def batches(step: int) -> Iterator[Stage1Batch | Stage2Batch]:
+        for count, batch in enumerate(loader.batches(step * accumulation)):
+            if step + count // accumulation == stop_at and runtime.rank() == runtime.world() - 1:
+                os.kill(os.getpid(), signal.SIGTERM)
+            now = {"step": step + count // accumulation, "keys": batch.keys}
+            files.append_json_line(folder / f"samples-{runtime.rank()}.jsonl", now)
+            if isinstance(module, Autoencoder):
+                yield Stage1Batch(batch.images)
+            else:
+                captions = [caption or "" for caption in batch.captions]
+                ids, labels = text.collate(text.tokenize(module.tokenizer, captions, 64).ids, 0)
+                yield Stage2Batch(None, ids, labels, batch.images)
+
+    def on_log(step: int, values: dict[str, float]) -> None:
+        files.append_json_line(folder / "curve.jsonl", {"step": step, **values})
+
+    try:
+        loop.train(module, batches, section, folder, stage, on_log)
+    except runtime.Stopped:
+        return
+    if runtime.is_main():
+        learned = {name: p.detach().clone() for name, p in module.named_parameters() if p.requires_grad}
+        files.write_json(folder / "trained.json", {name: float(p.double().norm()) for name, p in learned.items()})
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    with workers.reporting():
+        for job in json.loads(sys.argv[1]):
+            train(job.pop("stage"), Path(job.pop("data")), Path(job.pop("folder")), **job)
