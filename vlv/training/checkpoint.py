@@ -46,7 +46,7 @@ class _Stored(Mapping[str, torch.Tensor]):
     """The tensors of a file, each read when it is asked for: processes on one machine do not hold a copy each."""
 
     def __init__(self, path: Path) -> None:
-        self._file = safetensors.safe_open(path, "pt")
+        self._file: Any = safetensors.safe_open(path, "pt")
         self._names = list(self._file.keys())
 
     def __getitem__(self, name: str) -> torch.Tensor:

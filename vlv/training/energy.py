@@ -43,7 +43,8 @@ class EnergyMeter:
         return self._joules
 
     def _gpu_joules(self) -> float:
-        return sum(nvml.nvmlDeviceGetTotalEnergyConsumption(handle) for nvml, handle in self._gpus) / 1e3
+        millijoules = [int(nvml.nvmlDeviceGetTotalEnergyConsumption(handle)) for nvml, handle in self._gpus]
+        return sum(millijoules) / 1e3
 
 
 def _read(zone: Path, name: str = "energy_uj") -> int | None:

@@ -114,6 +114,9 @@ class _Loop:
             self.start = self.saved = found.step
             log.info("%s: going on from step %d of %d", title, self.start, settings.steps)
         self.ledger = Ledger(folder, runtime.world()) if runtime.is_main() else None
+        new = self.ledger is not None and self.ledger.flops_per_step is None
+        # Not under DeepSpeed, whose backward pass is a step as well.
+        self.uncounted = parallel.agree([new], self.device)[0] > 0 and not self.deepspeed
 
     def _found(self) -> checkpoint.Checkpoint | None:
         """The newest checkpoint. The main process looks for it, and all take the same."""
@@ -161,6 +164,8 @@ class _Loop:
         s = self.settings
         optim.set_rate(self.optimizer, optim.rate_share(s.optimizer, step, s.steps))
         parts = [next(source) for _ in range(s.accumulation)]
+        if self.uncounted:
+            self._count(parts[0], step)
         losses = []
         for number, (part, share) in enumerate(zip(parts, self._shares(parts), strict=True)):
             self.accelerator.sync_gradients = number + 1 == len(parts)
@@ -168,7 +173,7 @@ class _Loop:
                 contextlib.nullcontext() if self.accelerator.sync_gradients else self.accelerator.no_sync(self.model)
             )
             bf16 = torch.autocast(self.device.type, torch.bfloat16, enabled=s.precision == "bf16")
-            with between, bf16, self._counted():
+            with between, bf16:
                 loss = self.model(part, runtime.part_generator(s, step, number)) * share
                 self.accelerator.backward(loss)
             losses.append(loss.detach())
@@ -198,15 +203,22 @@ class _Loop:
         (total,) = parallel.agree([sum(weights)], self.device)
         return [weight * runtime.world() / total for weight in weights]
 
-    @contextlib.contextmanager
-    def _counted(self) -> Iterator[None]:
-        """Count the operations of the first micro-batch; the others of a step are taken to cost the same."""
-        if self.ledger is None or self.ledger.flops_per_step is not None:
-            yield
-            return
-        with FlopCounterMode(display=False) as counter:
-            yield
-        self.ledger.flops_per_step = counter.get_total_flops() * self.settings.accumulation * runtime.world()
+    def _count(self, part: object, step: int) -> None:
+        """Count the operations of a micro-batch; the others are taken to cost the same.
+
+        Its gradients are thrown away: under the counter some operations round otherwise, and a training that was
+        killed at its first checkpoint would differ from one that was not. Processes with shards of a parameter
+        need each other, so all of them take part.
+        """
+        counter = FlopCounterMode(display=False) if self.ledger is not None else contextlib.nullcontext()
+        bf16 = torch.autocast(self.device.type, torch.bfloat16, enabled=self.settings.precision == "bf16")
+        self.accelerator.sync_gradients = True
+        with bf16, counter:
+            self.accelerator.backward(self.model(part, runtime.part_generator(self.settings, step, 0)))
+        self.optimizer.zero_grad()
+        if self.ledger is not None and isinstance(counter, FlopCounterMode):
+            self.ledger.flops_per_step = counter.get_total_flops() * self.settings.accumulation * runtime.world()
+        self.uncounted = False
 
     def _log(self, on_log: OnLog, step: int, loss: float, rate: float) -> None:
         if self.ledger is None:

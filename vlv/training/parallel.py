@@ -52,10 +52,12 @@ def unshard(module: nn.Module) -> None:
 
     The module can then be saved, but no longer run: for the end of a training.
     """
-    for name, parameter in list(module.named_parameters()):
-        if not parameter.requires_grad or not isinstance(parameter, DTensor):
-            continue
-        full = whole(parameter.detach())
-        if runtime.is_main():
-            owner, _, leaf = name.rpartition(".")
-            setattr(module.get_submodule(owner), leaf, nn.Parameter(full.to("cpu")))
+    made: dict[int, nn.Parameter] = {}
+    for owner in module.modules():
+        for leaf, parameter in list(owner.named_parameters(recurse=False)):
+            if not parameter.requires_grad or not isinstance(parameter, DTensor):
+                continue
+            if id(parameter) not in made:  # tied ones stay tied
+                full = whole(parameter.detach())
+                made[id(parameter)] = nn.Parameter(full.to("cpu")) if runtime.is_main() else parameter
+            setattr(owner, leaf, made[id(parameter)])
