@@ -1,0 +1,51 @@
+"""What is committed fits together. HEAD is read, not the work tree: whoever has just trained has other results."""
+
+import json
+import subprocess
+from pathlib import Path
+
+import pytest
+import yaml
+
+from flows import report
+from vlv import config
+from vlv.config import Paths
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def _committed(name: str) -> str:
+    found = subprocess.run(["git", "show", f"HEAD:{name}"], cwd=ROOT, capture_output=True, text=True)
+    if found.returncode:
+        pytest.skip(f"{name} is not in git's HEAD here: {found.stderr.strip()}")
+    return found.stdout
+
+
+def test_the_parameters_are_a_profile_and_its_data_is_pinned() -> None:
+    text = _committed("params.yaml")
+    settings = config.parse(text, "params.yaml")
+    assert text == _committed(f"configs/{settings.profile}.yaml")
+    made_from = yaml.safe_load(_committed("data.dvc"))["meta"]["made_from"]
+    assert made_from.items() >= settings.data.source.model_dump().items()
+
+
+def test_the_lock_is_of_these_parameters() -> None:
+    params = yaml.safe_load(_committed("params.yaml"))
+    lock = yaml.safe_load(_committed("dvc.lock"))["stages"]
+    for name, stage in lock.items():
+        for key, value in stage.get("params", {}).get("params.yaml", {}).items():
+            wanted = params
+            for part in key.split("."):
+                wanted = wanted[part]
+            assert value == wanted, f"{name}: {key}"
+    read = {dep["path"]: dep["md5"] for dep in lock["stage1"]["deps"]}
+    assert read["data"] == yaml.safe_load(_committed("data.dvc"))["outs"][0]["md5"]
+
+
+def test_readme_shows_the_figures_of_the_run(tmp_path: Path) -> None:
+    paths = Paths(tmp_path)
+    paths.metrics.mkdir()
+    (paths.metrics / "evaluate.json").write_text(_committed("metrics/evaluate.json"))
+    for table in report.figures(paths):
+        assert table.markdown() in _committed("README.md")
+    assert json.loads(_committed("metrics/evaluate.json"))["profile"] == "tiny"
