@@ -87,6 +87,14 @@ def test_ddp_is_one_process(ddp: Path, alone: Path, stage: str) -> None:
     _same(ddp / stage, alone / stage)
 
 
+def test_counting_operations_changes_no_bit(alone: Path, data: Path, tmp_path: Path) -> None:
+    """A training killed before its first checkpoint begins anew and does not count again."""
+    counted = files.read_json(alone / "stage2" / "ledger.json")["flops_per_step"]
+    files.write_json(tmp_path / "ledger.json", {"flops_per_step": counted})
+    train("stage2", data, tmp_path)
+    assert files.read_json(tmp_path / "trained.json") == files.read_json(alone / "stage2" / "trained.json")
+
+
 def test_more_processes_go_on_where_one_stopped(ddp: Path, alone: Path) -> None:
     assert not (alone / "stopped" / "trained.json").exists()
     _same(ddp / "from_one", alone / "stage1")

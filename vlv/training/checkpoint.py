@@ -12,7 +12,7 @@ import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import safetensors
 import safetensors.torch
@@ -46,7 +46,7 @@ class _Stored(Mapping[str, torch.Tensor]):
     """The tensors of a file, each read when it is asked for: processes on one machine do not hold a copy each."""
 
     def __init__(self, path: Path) -> None:
-        self._file: Any = safetensors.safe_open(path, "pt")
+        self._file = cast(Any, safetensors.safe_open)(path, "pt")
         self._names = list(self._file.keys())
 
     def __getitem__(self, name: str) -> torch.Tensor:
