@@ -105,7 +105,8 @@ def _loader(settings: Config, paths: Paths, captioner: Captioner) -> ShardLoader
 def _contexts(settings: Config, paths: Paths, captioner: Captioner) -> ShardCache:
     """The context of the encoder as Stage 1 left it."""
     decoder = lineage.identity(settings.decoder, paths)
-    identity = {"encoder": lineage.fingerprint_of(captioner.encoder), "part": decoder}
+    path = "through" if settings.decoder.use_text_encoder else "direct"
+    identity = {"encoder": lineage.fingerprint_of(captioner.encoder), "part": decoder, "path": path}
     return ShardCache(paths.cache, "context", identity, "train")
 
 
