@@ -16,6 +16,7 @@ from vlv.config import Config, ConfigError, Paths, Precision
 from vlv.models import pretrained
 from vlv.models.autoencoder import Autoencoder
 from vlv.models.captioner import Prefix
+from vlv.models.decoders.stable_diffusion import StableDiffusionDecoder
 from vlv.planning.stand_ins import Target, like, on_target, stand_in
 
 
@@ -27,22 +28,34 @@ def autoencoder(settings: Config, paths: Paths, mode: FakeTensorMode, target: Ta
     Raises:
         ConfigError: a kind of decoder whose steps are not counted yet.
     """
-    if settings.decoder.kind != "stable_diffusion":
-        raise ConfigError(f"vlv plan counts decoder.kind stable_diffusion only so far, not {settings.decoder.kind}")
     random = {"weights": "random"}
     encoder = settings.encoder.model_copy(update={**random, "prompt": ""})
     decoder = settings.decoder.model_copy(update=random)
     with torch.device("meta"):
         model = Autoencoder.build(settings.model_copy(update={"encoder": encoder, "decoder": decoder}), paths)
         prompt = torch.zeros(prompt_length(settings.encoder.prompt), dtype=torch.long)
+    drawing = stable_diffusion(model)
     model.encoder.prompt_ids = prompt
     model.encoder.set_learning(settings.stage1.learn)
     _attend(model.encoder.florence, target)
-    _attend(model.decoder.conditioner.text_encoder, target)
-    model.decoder.unet.set_attn_processor(AttnProcessor2_0() if target == "gpu" else AttnProcessor())
+    _attend(drawing.conditioner.text_encoder, target)
+    drawing.unet.set_attn_processor(AttnProcessor2_0() if target == "gpu" else AttnProcessor())
     stand_in(model, mode)
     model.decoder.scheduler.alphas_cumprod = like(model.decoder.scheduler.alphas_cumprod, mode)
     return model
+
+
+def stable_diffusion(model: Autoencoder) -> StableDiffusionDecoder:
+    """The model's decoder.
+
+    Raises:
+        ConfigError: of a kind whose steps are not counted yet.
+    """
+    if not isinstance(model.decoder, StableDiffusionDecoder):
+        raise ConfigError(
+            f"vlv plan counts decoder.kind stable_diffusion only so far, not {type(model.decoder).__name__}"
+        )
+    return model.decoder
 
 
 def language_side(
@@ -76,8 +89,9 @@ def _attend(model: PreTrainedModel, target: Target) -> None:
 def recompute_autoencoder(model: Autoencoder, target: Target, precision: Precision) -> None:
     """Switch gradient checkpointing on in all that learns or passes gradients."""
     recompute(model.encoder.florence.model.language_model, target, precision)
-    recompute(model.decoder.conditioner.text_encoder, target, precision)
-    model.decoder.unet.enable_gradient_checkpointing(partial(checkpoint, **_checkpointing(target, precision)))
+    decoder = stable_diffusion(model)
+    recompute(decoder.conditioner.text_encoder, target, precision)
+    decoder.unet.enable_gradient_checkpointing(partial(checkpoint, **_checkpointing(target, precision)))
 
 
 def recompute(model: PreTrainedModel, target: Target, precision: Precision) -> None:

@@ -12,6 +12,7 @@ from vlv import config
 from vlv.models.autoencoder import Autoencoder
 from vlv.models.captioner import Prefix
 from vlv.planning.counting import Recorder
+from vlv.planning.models import stable_diffusion
 
 VAE, TOWER, BART_ENCODER, BART_DECODER, TEXT, UNET = (
     "VAE encode", "vision tower", "BART encoder", "BART decoder", "text encoder", "UNet",
@@ -21,7 +22,7 @@ CONTEXT, PREFIX, LLM, HEAD = "encoder and text side", "prefix MLP", "language mo
 
 def stage1(model: Autoencoder, settings: config.Stage1, pictures: torch.Tensor, at: Recorder) -> torch.Tensor:
     """Stage 1's loss for pictures (B, 3, S, S) uint8, each denoised `draws_per_image` times."""
-    encoder, decoder = model.encoder, model.decoder
+    encoder, decoder = model.encoder, stable_diffusion(model)
     florence = encoder.florence.model
     language = florence.language_model
 
@@ -50,8 +51,13 @@ def stage1(model: Autoencoder, settings: config.Stage1, pictures: torch.Tensor, 
 
 def context_of(model: Autoencoder, pictures: torch.Tensor, at: Recorder) -> torch.Tensor:
     """What Stage 2 reads of the pictures: computed once, as all of it is frozen."""
-    parts = [model.encoder, model.decoder.conditioner]
-    return at(CONTEXT, parts, model.context, pictures)
+    text_side = stable_diffusion(model).conditioner
+
+    @torch.no_grad()
+    def context(x: torch.Tensor) -> torch.Tensor:
+        return text_side.states(model.encoder(model.encoder.features(x)).float())
+
+    return at(CONTEXT, [model.encoder, text_side], context, pictures)
 
 
 def stage2(

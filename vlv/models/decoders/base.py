@@ -28,6 +28,8 @@ class Decoder(nn.Module, ABC, Generic[C]):
         image_size: side of the square images it draws, pixels.
     """
 
+    conditioner: Conditioner[C]
+
     def __init__(
         self,
         vae: AutoencoderKL,

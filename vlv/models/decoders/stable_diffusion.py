@@ -18,6 +18,8 @@ class StableDiffusionDecoder(Decoder[torch.Tensor]):
         ValueError: the UNet takes a context of another width than the text side gives.
     """
 
+    conditioner: TextConditioner
+    unet: UNet2DConditionModel
     coordinates: torch.Tensor
 
     def __init__(
