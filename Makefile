@@ -26,8 +26,9 @@ full-train: env
 	@grep -qx 'profile: $(PROFILE)' params.yaml 2>/dev/null || $(BIN)/vlv config use $(PROFILE)
 	@$(BIN)/python -m flows.full_train
 
+# Two files at a time, one thread each: threads of several processes on the same cores wait for each other.
 test: env
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
 lint: env
 	$(BIN)/ruff check
