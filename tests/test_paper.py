@@ -39,3 +39,15 @@ def test_the_language_model_takes_its_full_size_too(paths: Paths) -> None:
     with torch.device("meta"):
         model = pretrained.language_model_alone(section, paths)
     assert 3.0 < sum(p.numel() for p in model.parameters()) / 1e9 < 3.2
+
+
+def test_the_readme_s_run_differs_from_the_paper_s_in_its_size_only() -> None:
+    paper, readme = (profile(name).model_dump(by_alias=True) for name in ("paper", "paper-readme"))
+    for value in (paper, readme):
+        del value["profile"]
+        for stage in ("stage1", "stage2"):
+            for size in ("steps", "batch_size", "accumulation"):
+                del value[stage][size]
+    assert readme == paper
+    run = profile("paper-readme")
+    assert [(s.steps, s.batch_size) for s in (run.stage1, run.stage2)] == [(10_000, 64)] * 2
