@@ -132,7 +132,8 @@ def complete(model: torch.nn.Module, tensors: dict[str, torch.Tensor], what: str
     together: dict[int, list[str]] = {}
     for name, own in model.state_dict(keep_vars=True).items():
         together.setdefault(id(own), []).append(name)
-    result, missing = {}, []
+    result: dict[str, torch.Tensor] = {}
+    missing = []
     for names in together.values():
         given = [name for name in names if name in tensors]
         if not given:

@@ -181,7 +181,7 @@ class Kept:
 
 
 def _key(tensor: torch.Tensor) -> int:
-    return tensor.untyped_storage()._cdata
+    return int(tensor.untyped_storage()._cdata)
 
 
 def _bytes(tables: Sequence[dict[int, torch.Tensor]]) -> int:
@@ -193,7 +193,7 @@ class LiveBytes(TorchDispatchMode):
     """Within it, follows how many bytes are allocated and not yet freed. `peak` is the most there were at a time."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.peak = self._now = 0
         self._living: dict[int, weakref.ref[Any]] = {}
 
