@@ -270,7 +270,7 @@ def test_a_released_stage_2_writes_the_same(
             p.add_(torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel())) * 0.05)
     inner = {n: t for n, t in captioner.state_dict().items() if n.startswith(("encoder.", "conditioner."))}
     tensors = {f"VLV_model.{name}": tensor for name, tensor in released(inner).items()}
-    tensors |= {f"mlp.{name}": tensor for name, tensor in captioner.prefix.state_dict().items()}
+    tensors |= {f"mlp.{name}": tensor.detach() for name, tensor in captioner.prefix.named_parameters()}
     tensors |= {f"qwen2_model.{name}": tensor for name, tensor in captioner.language_model.state_dict().items()}
     assert {
         "mlp.layers.0.weight", "qwen2_model.model.layers.0.self_attn.q_proj.weight", "qwen2_model.lm_head.weight",

@@ -69,3 +69,15 @@ def test_sd35_takes_its_full_size(paths: Paths, t5: bool) -> None:
     )
     assert model.decoder.latent_shape == (16, 64, 64)
     assert model.decoder.conditioner.width == (2048 + 4096 if t5 else 2048)
+
+
+def test_the_readme_s_run_differs_from_the_paper_s_in_its_size_only() -> None:
+    paper, readme = (profile(name).model_dump(by_alias=True) for name in ("paper", "paper-readme"))
+    for value in (paper, readme):
+        del value["profile"]
+        for stage in ("stage1", "stage2"):
+            for size in ("steps", "batch_size", "accumulation"):
+                del value[stage][size]
+    assert readme == paper
+    run = profile("paper-readme")
+    assert [(s.steps, s.batch_size) for s in (run.stage1, run.stage2)] == [(10_000, 64)] * 2

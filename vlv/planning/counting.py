@@ -181,8 +181,7 @@ class Kept:
 
 
 def _key(tensor: torch.Tensor) -> int:
-    key: int = tensor.untyped_storage()._cdata
-    return key
+    return int(tensor.untyped_storage()._cdata)
 
 
 def _bytes(tables: Sequence[dict[int, torch.Tensor]]) -> int:
