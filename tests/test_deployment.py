@@ -43,6 +43,7 @@ def _worker(project: Path, env: dict[str, str]) -> Iterator[Path]:
             worker.wait(120)
 
 
+@pytest.mark.timeout(1200)  # the whole pipeline, each stage in a process of its own
 def test_a_deployment_trains_registers_promotes_and_serves(
     tmp_path: Path, sprites: Path, server: dict[str, str]
 ) -> None:
@@ -119,12 +120,12 @@ def test_a_cancel_ends_the_children(tmp_path: Path, sprites: Path, server: dict[
 
 def test_the_kubernetes_deployment_registers_with_its_job_template(tmp_path: Path, server: dict[str, str]) -> None:
     project = projects.bare(tmp_path / "project")
-    template = ["--base-job-template", "configs/cluster/kubernetes-job.json"]
+    template = ["--base-job-template", "configs/kubernetes/job-template.json"]
     made = projects.run(
         [*PREFECT, "work-pool", "create", "vlv-gpus", "--type", "kubernetes", *template], project, **server
     )
     assert made.returncode == 0, made.stdout + made.stderr
-    file = ["--prefect-file", "configs/cluster/prefect-kubernetes.yaml"]
+    file = ["--prefect-file", "configs/kubernetes/prefect.yaml"]
     deployed = projects.run([*PREFECT, "--no-prompt", "deploy", "--all", *file], project, **server)
     assert deployed.returncode == 0, deployed.stdout + deployed.stderr
     deployment = servers.get(f"{server['PREFECT_API_URL']}/deployments/name/vlv/full-train-gpus")

@@ -107,7 +107,7 @@ def test_the_cluster_script_is_a_shell_script() -> None:
 
 
 def test_the_kubernetes_template_names_every_variable_it_uses() -> None:
-    template = files.read_json(ROOT / "configs" / "cluster" / "kubernetes-job.json")
+    template = files.read_json(ROOT / "configs" / "kubernetes" / "job-template.json")
     used = set(re.findall(r"{{ (\w+) }}", json.dumps(template["job_configuration"])))
     assert used == set(template["variables"]["properties"])
 
