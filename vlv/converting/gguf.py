@@ -4,6 +4,7 @@ GGUF is how quantised models are handed around. Reading one takes a minute and e
 done once and the result kept as safetensors.
 """
 
+import importlib.util
 import struct
 from pathlib import Path
 
@@ -23,10 +24,8 @@ def convert(source: Path, target: Path) -> None:
     """
     if target.exists():
         raise ConversionError(f"{target} exists already; give another place, or remove it.")
-    try:
-        import gguf  # noqa: F401 - transformers reads GGUF through it
-    except ImportError as error:
-        raise ConversionError("Reading GGUF needs the package gguf: pip install gguf") from error
+    if importlib.util.find_spec("gguf") is None:  # transformers reads GGUF through it
+        raise ConversionError("Reading GGUF needs the package gguf: pip install gguf")
     try:
         quantised = AutoModelForCausalLM.from_pretrained(
             source.parent,
@@ -35,6 +34,7 @@ def convert(source: Path, target: Path) -> None:
             dtype=torch.bfloat16,
         )
         tokenizer = AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name)
+    # What transformers raises of a damaged file, of one without metadata, and of a quantisation it does not know.
     except (OSError, ValueError, KeyError, NotImplementedError, struct.error) as error:
         raise ConversionError(f"{source} cannot be read as a causal language model: {error}") from error
     # The loaded model remembers that it was quantised and refuses to be saved; the same weights under a

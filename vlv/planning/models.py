@@ -61,7 +61,13 @@ def stable_diffusion(model: Autoencoder) -> StableDiffusionDecoder:
 def language_side(
     settings: Config, paths: Paths, context_width: int, mode: FakeTensorMode, target: Target
 ) -> tuple[Prefix, PreTrainedModel]:
-    """Stage 2's prefix and language model, with what learns chosen."""
+    """Stage 2's prefix and language model, with what learns chosen.
+
+    Raises:
+        ConfigError: a choice of what learns that is not counted yet.
+    """
+    if settings.stage2.learn not in ("mlp", "mlp+llm"):
+        raise ConfigError(f"vlv plan counts stage2.learn mlp and mlp+llm only so far, not {settings.stage2.learn}")
     section = settings.language_model
     with torch.device("meta"):
         model = pretrained.language_model_alone(section.model_copy(update={"weights": "random"}), paths)
