@@ -68,15 +68,13 @@ def test_the_paper_s_bounds_to_the_edge(tmp_path: Path) -> None:
     assert stricter.dropped["unsafe"] == 3 and stricter.passed == 0
 
 
-def test_subsets_are_nested_counted_and_a_function_of_the_seed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(subsets, "_ROWS_PER_PIECE", 500)  # several pieces, several files
-    monkeypatch.setattr(subsets, "_ROWS_PER_FILE", 300)
-    monkeypatch.setattr(subsets, "_BATCH", 1000)
+def test_subsets_are_nested_counted_and_a_function_of_the_seed(tmp_path: Path) -> None:
+    small = subsets.Sizes(batch=1000, piece=500, file=300)  # several pieces, several files
     one, two = metadata(4000), metadata(3000, seed=1)
     two = pd.concat([two, one.iloc[:500], one.iloc[:500].assign(TEXT="said again")])
     paths = write(tmp_path / "meta", one, two)
     counts = {"S": 200, "L": 1500, "M": 700}
-    found = subsets.select(paths, tmp_path / "urls", counts, 5, PAPER)
+    found = subsets.select(paths, tmp_path / "urls", counts, 5, PAPER, small)
     assert found.read == 8000 == sum(found.dropped.values()) + 1500
     assert [(s.name, s.rows, s.new) for s in found.subsets] == [("S", 200, 200), ("M", 700, 500), ("L", 1500, 800)]
     rows = listed(tmp_path / "urls", "S", "M", "L")
@@ -87,7 +85,7 @@ def test_subsets_are_nested_counted_and_a_function_of_the_seed(tmp_path: Path, m
     share = rows["URL"].isin(passing["URL"]).mean()
     assert share == pytest.approx(4 / 7, abs=0.06)  # drawn evenly from both tables
 
-    again = subsets.select(paths[::-1], tmp_path / "other", {"T": 700}, 5, PAPER)  # another order, one subset
+    again = subsets.select(paths[::-1], tmp_path / "other", {"T": 700}, 5, PAPER, small)  # another order, one subset
     assert set(listed(tmp_path / "other", "T")["URL"]) == set(listed(tmp_path / "urls", "S", "M")["URL"])
     assert again.dropped["duplicate_url"] == found.dropped["duplicate_url"]
     subsets.select(paths, tmp_path / "other", {"T": 700}, 6, PAPER)
@@ -144,9 +142,9 @@ import sys
 from pathlib import Path
 from vlv.data.selection.criteria import Criteria
 from vlv.data.selection import subsets
-subsets._BATCH, subsets._ROWS_PER_PIECE = 1 << 14, 30_000  # so that the smaller table takes many of both, too
+sizes = subsets.Sizes(batch=1 << 14, piece=30_000)  # so that the smaller table takes many of both, too
 Path("/proc/self/clear_refs").write_text("5")  # forget the peak of the imports
-subsets.select([Path(sys.argv[1])], Path(sys.argv[2]), {"A": 20_000}, 0, Criteria())
+subsets.select([Path(sys.argv[1])], Path(sys.argv[2]), {"A": 20_000}, 0, Criteria(), sizes)
 print(next(l for l in Path("/proc/self/status").read_text().splitlines() if l.startswith("VmHWM")).split()[1])
 """
 

@@ -25,12 +25,21 @@ from vlv.data.shards import DataError
 from vlv.progress import Meter, meter
 
 REPORT = "selection.json"
-_BATCH = 1 << 17  # rows read at a time
-_ROWS_PER_PIECE = 100_000  # aimed at; one piece is sorted in memory
 _MAX_PIECES = 512  # files open at a time
-_ROWS_PER_FILE = 1_000_000  # of the URL lists
 _SPOOLED = SCHEMA.append(pa.field("rank", pa.uint64()))
 _LISTED = SCHEMA.append(pa.field("subset", pa.string()))
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Rows read at a time (`batch`), sorted at a time (`piece`: aimed at), and in one file of the URL lists."""
+
+    batch: int = 1 << 17
+    piece: int = 100_000
+    file: int = 1_000_000
+
+
+DEFAULT = Sizes()
 
 
 @dataclass(frozen=True)
@@ -53,7 +62,14 @@ class Selection:
     subsets: list[Subset]
 
 
-def select(tables: Sequence[Path], output: Path, counts: dict[str, int], seed: int, criteria: Criteria) -> Selection:
+def select(
+    tables: Sequence[Path],
+    output: Path,
+    counts: dict[str, int],
+    seed: int,
+    criteria: Criteria,
+    sizes: Sizes = DEFAULT,
+) -> Selection:
     """Write the URL lists of nested subsets; `counts`: rows by name, such as {"6M": 6_000_000}.
 
     `output`/NAME/part-*.parquet holds what subset NAME has beyond the smaller ones, so that nothing is downloaded
@@ -71,12 +87,14 @@ def select(tables: Sequence[Path], output: Path, counts: dict[str, int], seed: i
     output.parent.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(prefix=".select.", dir=output.parent) as spool, files.atomic_folder(output) as folder:
         rows = sum(_rows_in(path) for path in found)
-        pieces = min(_MAX_PIECES, 1 + rows // _ROWS_PER_PIECE)
+        pieces = min(_MAX_PIECES, 1 + rows // sizes.piece)
         with meter("Reading metadata", rows) as progress:
-            _deal(_batches(found, criteria), Path(spool), pieces, seed, criteria, dropped, progress)
-        sizes, passed = _write(Path(spool), pieces, folder, [(name, counts[name]) for name in order], dropped)
-        below = [0, *np.cumsum(sizes).tolist()]
-        subsets = [Subset(name, counts[name], below[i + 1], sizes[i]) for i, name in enumerate(order)]
+            _deal(_batches(found, criteria, sizes.batch), Path(spool), pieces, seed, criteria, dropped, progress)
+        lists = [_List(folder / name, name, sizes.file) for name in order]
+        passed = _write(Path(spool), pieces, lists, [counts[name] for name in order], dropped)
+        new = [one.rows for one in lists]
+        below = [0, *np.cumsum(new).tolist()]
+        subsets = [Subset(name, counts[name], below[i + 1], new[i]) for i, name in enumerate(order)]
         result = Selection(rows, dict(sorted(dropped.items())), passed, subsets)
         about = {"seed": seed, "criteria": asdict(criteria), "tables": [path.name for path in found]}
         files.write_json(folder / REPORT, about | asdict(result))
@@ -130,13 +148,13 @@ def _deal(
             writer.close()
 
 
-def _batches(tables: list[Path], criteria: Criteria) -> Iterator[pa.Table]:
+def _batches(tables: list[Path], criteria: Criteria, rows: int) -> Iterator[pa.Table]:
     """Some rows at a time, as `SCHEMA` has them; a column that a table lacks is empty."""
     for path in tables:
         try:
             with pq.ParquetFile(path, pre_buffer=False) as file:
                 names = columns(file.schema_arrow.names, str(path), criteria)
-                for batch in file.iter_batches(_BATCH, columns=list(dict.fromkeys(names.values()))):
+                for batch in file.iter_batches(rows, columns=list(dict.fromkeys(names.values()))):
                     have = {
                         field.name: batch.column(names[field.name]).cast(field.type, safe=False)
                         if field.name in names
@@ -155,12 +173,8 @@ def _ranks(urls: list[str], seed: int) -> np.ndarray[Any, np.dtype[np.uint64]]:
     return np.frombuffer(b"".join(hashed), ">u8").astype(np.uint64)
 
 
-def _write(
-    spool: Path, pieces: int, folder: Path, wanted: list[tuple[str, int]], dropped: Counter[str]
-) -> tuple[list[int], int]:
-    """Write the lists, the smallest subset first; how many rows each has beyond the smaller, and how many passed."""
-    lists = [_List(folder / name, name) for name, _ in wanted]
-    bounds = [count for _, count in wanted]
+def _write(spool: Path, pieces: int, lists: list["_List"], bounds: list[int], dropped: Counter[str]) -> int:
+    """Write the lists, the smallest subset first, each up to its bound; how many rows passed."""
     passed = 0
     with meter("Writing URL lists", pieces) as progress:
         for i in range(pieces):
@@ -177,7 +191,7 @@ def _write(
     for one in lists:
         one.close()
     dropped["not_drawn"] += passed - sum(one.rows for one in lists)
-    return [one.rows for one in lists], passed
+    return passed
 
 
 def _sorted_once(path: Path) -> tuple[pa.Table, int]:
@@ -194,23 +208,23 @@ def _sorted_once(path: Path) -> tuple[pa.Table, int]:
 
 
 class _List:
-    """The URL lists of one subset, `_ROWS_PER_FILE` rows to a file."""
+    """The URL lists of one subset, `size` rows to a file."""
 
-    def __init__(self, folder: Path, name: str) -> None:
+    def __init__(self, folder: Path, name: str, size: int) -> None:
         folder.mkdir(parents=True)
-        self._folder, self._name, self.rows = folder, name, 0
+        self._folder, self._name, self._size, self.rows = folder, name, size, 0
         self._writer: pq.ParquetWriter | None = None
 
     def add(self, table: pa.Table) -> None:
         while len(table):
-            room = _ROWS_PER_FILE - self.rows % _ROWS_PER_FILE
+            room = self._size - self.rows % self._size
             part, table = table.slice(0, room), table.slice(room)
             if self._writer is None:
-                path = self._folder / f"part-{self.rows // _ROWS_PER_FILE:05d}.parquet"
+                path = self._folder / f"part-{self.rows // self._size:05d}.parquet"
                 self._writer = pq.ParquetWriter(path, _LISTED, compression="zstd")
             self._writer.write_table(part.append_column("subset", pa.array([self._name] * len(part), pa.string())))
             self.rows += len(part)
-            if self.rows % _ROWS_PER_FILE == 0:
+            if self.rows % self._size == 0:
                 self.close()
 
     def close(self) -> None:
