@@ -97,7 +97,7 @@ def stage2(source: Path, output: Path, settings: Config, paths: Paths) -> Conver
     found = rename(checkpoint.tensors, STAGE2, str(checkpoint.path))
     model = Captioner.build(settings, paths)
     # The statistics that a standardising prefix has stay 0 and 1 here: no checkpoint holds them.
-    learned = set(model._trained(settings)) - {name for name, _ in model.named_buffers()}
+    learned = set(model.trained(settings)) - {name for name, _ in model.named_buffers()}
     done = _fill(model, learned, found, checkpoint)
     model.save(output, settings, paths, _card("captioner", settings, checkpoint))
     _note(output, checkpoint, done)

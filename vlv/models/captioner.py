@@ -83,6 +83,7 @@ class Captioner(nn.Module):
 
     Args:
         conditioner: the text side of the frozen decoder, on the embeddings' way to the context.
+        tokenizer: None for an architecture alone, which may come without words: it can learn, but not write.
     """
 
     def __init__(
@@ -91,13 +92,24 @@ class Captioner(nn.Module):
         conditioner: Conditioner[Any],
         prefix: Prefix,
         language_model: PreTrainedModel,
-        tokenizer: PreTrainedTokenizerBase,
+        tokenizer: PreTrainedTokenizerBase | None,
         max_caption_tokens: int,
     ) -> None:
         super().__init__()
         self.encoder, self.conditioner, self.prefix = encoder, conditioner, prefix
-        self.language_model, self.tokenizer = language_model, tokenizer
+        self.language_model, self._tokenizer = language_model, tokenizer
         self.max_caption_tokens = max_caption_tokens
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The language model's.
+
+        Raises:
+            ValueError: built from an architecture without a tokenizer.
+        """
+        if self._tokenizer is None:
+            raise ValueError("this language model was built from its architecture alone, without a tokenizer")
+        return self._tokenizer
 
     def set_learning(self, learn: str, in_encoder: Learn = "language_model") -> None:
         """mlp: the prefix; mlp+llm: the language model too; mlp+lora: its adapters; mlp+llm+encoder: all of these.
@@ -183,10 +195,10 @@ class Captioner(nn.Module):
 
     def save(self, folder: Path, settings: Config, paths: Paths, card: str) -> None:
         """Write what both stages trained and the names of the frozen parts."""
-        folders.save(folder, KIND, settings, paths, PARTS, self._trained(settings), card)
+        folders.save(folder, KIND, settings, paths, PARTS, self.trained(settings), card)
 
-    def _trained(self, settings: Config) -> dict[str, torch.Tensor]:
-        """Tensors that Stage 1 or Stage 2 changed."""
+    def trained(self, settings: Config) -> dict[str, torch.Tensor]:
+        """Tensors, by name, that Stage 1 or Stage 2 changed: what a saved captioner holds."""
         self.encoder.set_learning(settings.stage1.learn)
         by_stage_1 = {f"encoder.{n}": p for n, p in self.encoder.named_parameters() if p.requires_grad}
         self.set_learning(settings.stage2.learn, settings.stage1.learn)
@@ -221,5 +233,5 @@ class Captioner(nn.Module):
         saved = folders.read(folder, KIND)
         root = folders.parts_root(folder, saved, paths or Paths(folder))
         model = Captioner.build(saved.config, root)
-        folders.restore(model, set(model._trained(saved.config)), folder)
+        folders.restore(model, set(model.trained(saved.config)), folder)
         return model.requires_grad_(False).eval()

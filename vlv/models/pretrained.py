@@ -208,9 +208,13 @@ def encoder(
     )  # fmt: skip
 
 
-def language_model(section: config.LanguageModel, paths: Paths) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The causal language model and its tokenizer."""
-    return language_model_alone(section, paths), tokenizer(folder_of(section, paths))
+def language_model(
+    section: config.LanguageModel, paths: Paths
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
+    """The causal language model and its tokenizer; an architecture alone (weights: random) may come without words."""
+    wordless = section.weights == "random" and section.architecture is not None
+    words = None if wordless else tokenizer(folder_of(section, paths))
+    return language_model_alone(section, paths), words
 
 
 def language_model_alone(section: config.LanguageModel, paths: Paths) -> PreTrainedModel:

@@ -1,5 +1,6 @@
 """Stage 2: train the captioner on image-caption pairs, on Stage 1's embeddings (arXiv 2507.07104)."""
 
+import itertools
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from vlv.stages import lineage
 from vlv.stages.record import Record, training_record
 from vlv.training import loop, parallel, runtime
 
+_MEASURED = 2000  # samples that a context's mean and spread are taken from where not all are computed
 _SECTIONS = ["data", "encoder", "decoder", "stage1", "language_model", "stage2"]
 
 
@@ -77,20 +79,22 @@ def _loader(settings: Config, paths: Paths, captioner: Captioner) -> ShardLoader
     entries = shards.read_manifest(paths.data).splits["train"].shards
     by_name = {entry.name: entry for entry in entries}
 
-    def filled(cache: ShardCache, compute: Compute) -> ShardCache:
+    def filled(cache: ShardCache, compute: Compute, needed: list[shards.ShardEntry]) -> ShardCache:
         with torch.autocast(captioner.encoder.queries.device.type, torch.bfloat16, enabled=s.precision == "bf16"):
-            cache.fill(paths.data, entries, compute, rank=rank, world_size=world)
+            cache.fill(paths.data, needed, compute, rank=rank, world_size=world)
         return cache
 
     kept: ShardCache | None = None
     frozen = s.learn != "mlp+llm+encoder"
     if frozen or settings.language_model.standardise_context:
-        contexts = filled(_contexts(settings, paths, captioner), lambda x: {"context": captioner.context(x)})
+        # A learning encoder's context is needed only to be measured once, where it starts.
+        needed = entries if frozen else _first(entries, _MEASURED)
+        contexts = filled(_contexts(settings, paths, captioner), lambda x: {"context": captioner.context(x)}, needed)
         if settings.language_model.standardise_context:
-            captioner.prefix.standardise(*contexts.statistics(entries, "context"))
+            captioner.prefix.standardise(*contexts.statistics(needed, "context"))
         kept = contexts if frozen else None
     if not frozen and s.cache_features:
-        kept = filled(_features(settings, paths), lambda x: {"features": captioner.encoder.features(x)})
+        kept = filled(_features(settings, paths), lambda x: {"features": captioner.encoder.features(x)}, entries)
 
     def length(caption: str | None) -> int:
         return len(text.tokenize(captioner.tokenizer, [caption or ""], s.max_caption_tokens).ids[0])
@@ -100,6 +104,12 @@ def _loader(settings: Config, paths: Paths, captioner: Captioner) -> ShardLoader
         with_images=kept is None, extra=(lambda name: kept.load(by_name[name])) if kept else None,
         grouping=Grouping(length, s.batch_size, s.bucket_window) if s.batching == "bucketed" else None,
     )  # fmt: skip
+
+
+def _first(entries: list[shards.ShardEntry], samples: int) -> list[shards.ShardEntry]:
+    """As many whole shards from the start as hold at least `samples` samples."""
+    before = itertools.accumulate((entry.samples for entry in entries), initial=0)
+    return [entry for entry, held in zip(entries, before, strict=False) if held < samples]
 
 
 def _contexts(settings: Config, paths: Paths, captioner: Captioner) -> ShardCache:
