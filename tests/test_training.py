@@ -103,6 +103,16 @@ def test_a_loss_that_is_no_number_stops_the_training(tmp_path: Path) -> None:
         _train(tmp_path, poisoned)
 
 
+def test_a_step_that_does_not_fit_says_what_helps(tmp_path: Path) -> None:
+    def batches(step: int) -> Iterator[torch.Tensor]:
+        while True:
+            yield torch.zeros(1).expand(2**44, 4)  # no memory by itself; its first use needs 2^48 bytes
+
+    with pytest.raises(loop.OutOfMemoryError, match=r"accumulation: 4.*vlv plan") as caught:
+        _train(tmp_path, batches)
+    assert "gradient_checkpointing: true" in str(caught.value) and "frozen_precision" not in str(caught.value)
+
+
 def test_a_misspelt_group_is_refused() -> None:
     settings = SETTINGS.optimizer.model_copy(update={"group_rates": {"haed": 1.0}})
     with pytest.raises(ValueError, match="haed"):

@@ -77,10 +77,15 @@ def train(
         CheckpointError: `folder` holds checkpoints of another training.
         Stopped: SIGTERM or Ctrl-C; saved, the same call goes on.
         DivergedError: the loss became NaN or infinite.
+        OutOfMemoryError: a step does not fit; the message says what helps.
     """
     alone = files.folder_lock(folder, title) if runtime.is_main() else contextlib.nullcontext()
     with alone, runtime.stop_signal() as stop:
         _Loop(module, settings, folder, fingerprint, title).run(batches, on_log, stop)
+
+
+class OutOfMemoryError(RuntimeError):
+    """A step does not fit into memory."""
 
 
 class _Loop:
@@ -141,7 +146,8 @@ class _Loop:
         with meter(self.title, s.steps, silent=not runtime.is_main()) as progress:
             progress.skip(self.start)
             for done in range(self.start + 1, s.steps + 1):
-                loss, stopping = self._step(done - 1, source, stop)
+                with self._fitting(done):
+                    loss, stopping = self._step(done - 1, source, stop)
                 losses.append(loss)
                 mean = sum(losses) / len(losses)
                 progress.advance(note=f"loss {mean:.4f}")
@@ -158,6 +164,25 @@ class _Loop:
                     )
         self.average.copy_to_weights()
         parallel.unshard(self.module)
+
+    @contextlib.contextmanager
+    def _fitting(self, step: int) -> Iterator[None]:
+        """Say what helps where a step does not fit."""
+        try:
+            yield
+        except RuntimeError as error:
+            # A CPU's allocator has no error class of its own.
+            if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+                raise
+            s = self.settings
+            knobs = [] if s.gradient_checkpointing else ["gradient_checkpointing: true"]
+            knobs.append(f"accumulation: {2 * s.accumulation}")
+            knobs += ["frozen_precision: bf16"] if s.frozen_precision == "fp32" and s.precision == "bf16" else []
+            raise OutOfMemoryError(
+                f"{self.title}: step {step} does not fit into the memory of {self.device}. What helps: "
+                f"{', '.join(knobs)}; how much each of them frees: vlv plan. The last good state is step {self.saved}. "
+                f"({str(error).splitlines()[0]})"
+            ) from error
 
     def _step(self, step: int, source: Iterator[object], stop: list[int]) -> tuple[float, bool]:
         """One optimizer step: its mean loss over the whole batch, and whether any process was asked to stop."""
