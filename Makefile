@@ -2,6 +2,9 @@
 # make test         the environment, then all tests
 # make lint         ruff and mypy
 # make lock         write requirements.lock from the environment as it is
+# make variant      a control beside the headline: the pipeline up to evaluate in a clone of its own (work/variants)
+#                   with some values changed; its figures and curves go to metrics/variants and plots/variants
+#                     make variant NAME=text-encoder SET="decoder.use_text_encoder=true"
 # make clean        remove the environment and caches; data, results and the model store stay
 #
 # PYTHON=python3.12      another interpreter (3.11 or 3.12)
@@ -11,12 +14,13 @@
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || command -v python3)
 PROFILE ?= tiny
+SET ?=
 TORCH_OPTIONS ?=
 
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DELETE_ON_ERROR:
-.PHONY: full-train test lint lock clean env
+.PHONY: full-train test lint lock variant clean env
 
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
@@ -54,6 +58,19 @@ lock:
 	} > requirements.lock.new
 	@mv requirements.lock.new requirements.lock
 	@git diff --stat -- requirements.lock
+
+# DVC's cache is shared with the clone, so what does not depend on the changed values is not made again. The control
+# on the headline's own Stage 1 (evaluate.untrained_floor) is left to the headline.
+VARIANT := work/variants/$(NAME)
+variant: env
+	$(if $(NAME),,$(error make variant NAME=... SET="KEY=VALUE ..."))
+	[ -d $(VARIANT) ] || git clone --quiet . $(VARIANT)
+	cd $(VARIANT) && export PATH="$(CURDIR)/$(BIN):$$PATH" VLV_CACHE="$(CURDIR)/.cache" \
+	  && dvc cache dir --local "$(CURDIR)/.dvc/cache" && vlv config use $(PROFILE) && vlv data download \
+	  && dvc exp run $(foreach value,evaluate.untrained_floor=false $(SET),--set-param $(value)) evaluate
+	mkdir -p metrics/variants/$(NAME) plots/variants/$(NAME)
+	cp $(foreach stage,stage1 stage2 evaluate,$(VARIANT)/metrics/$(stage).json) metrics/variants/$(NAME)
+	cp $(foreach file,stage1.csv stage1.png stage2.csv stage2.png evaluate_grid.png,$(VARIANT)/plots/$(file)) plots/variants/$(NAME)
 
 clean:
 	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache build vlv.egg-info
