@@ -35,11 +35,13 @@ def test_it_instantiates_at_full_size_on_the_meta_device(paths: Paths) -> None:
     assert model.encoder.queries.shape == (1, 77, 1024)
 
 
-def test_the_language_model_takes_its_full_size_too(paths: Paths) -> None:
-    section = profile("paper").language_model.model_copy(update={"weights": "random"})
+# Published sizes: Qwen2.5's technical report (arXiv 2412.15115) and model cards: 0.49 B, 1.54 B, 3.09 B parameters.
+@pytest.mark.parametrize(("name", "billions"), [("0.5b", 0.49), ("1.5b", 1.54), ("3b", 3.09)])
+def test_the_language_models_take_their_full_size_too(name: str, billions: float, paths: Paths) -> None:
+    random = {"weights": "random", "architecture": f"configs/architectures/qwen2.5-{name}"}
     with torch.device("meta"):
-        model = pretrained.language_model_alone(section, paths)
-    assert 3.0 < sum(p.numel() for p in model.parameters()) / 1e9 < 3.2
+        model = pretrained.language_model_alone(profile("paper").language_model.model_copy(update=random), paths)
+    assert round(millions(model) / 1e3, 2) == billions
 
 
 def test_sdxl_takes_its_full_size(paths: Paths) -> None:

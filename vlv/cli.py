@@ -70,7 +70,7 @@ config_app = typer.Typer(no_args_is_help=True, help="The active configuration, p
 app.add_typer(config_app, name="config")
 app.add_typer(cli_data.app, name="data")
 app.add_typer(cli_convert.app, name="convert")
-for _command in (cli_plan.plan, cli_registry.promote, cli_registry.rollback, cli_registry.models):
+for _command in (cli_plan.plan, cli_plan.rehearse, cli_registry.promote, cli_registry.rollback, cli_registry.models):
     app.command()(_command)
 
 

@@ -1,10 +1,11 @@
-"""`vlv plan`: what a configuration costs, before it runs."""
+"""`vlv plan` and `vlv rehearse`: what a configuration costs, before it runs."""
 
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+import yaml
 from rich.console import Console
 
 from vlv import config, files
@@ -61,3 +62,59 @@ def plan(
     report.show(mine, others, console if console.is_terminal else Console(width=140))
     if json is not None:
         files.write_json(json, [report.as_json(f) for f in mine])
+
+
+class TrainingStage(StrEnum):
+    """A stage that trains."""
+
+    stage1 = "stage1"
+    stage2 = "stage2"
+
+
+def rehearse(
+    config_: Annotated[
+        Path | None, typer.Option("--config", help="A profile's file; without: params.yaml.", exists=True)
+    ] = None,
+    stage: Annotated[TrainingStage | None, typer.Option(help="Only this one; without: both.")] = None,
+    samples: Annotated[int, typer.Option(min=1, help="Samples on this device at a time.")] = 1,
+    changes: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a value: stage1.precision=bf16")
+    ] = None,
+    json: Annotated[Path | None, typer.Option(help="Write everything to this file as well.")] = None,
+) -> None:
+    """Do one real step of each stage at full size here: step, checkpoint, resume, one more step; memory, time.
+
+    Weights are new and pictures are noise: nothing is downloaded, nothing is kept. Do it on the machine of a long
+    run before the run.
+
+    [dim]vlv rehearse --config configs/paper.yaml --set stage1.precision=bf16[/]
+    """
+    from vlv.planning import rehearsal, report
+
+    paths = Paths.find()
+    source = config_ or paths.params
+    settings = _changed(source, changes or [])
+    functions = {TrainingStage.stage1: rehearsal.stage1, TrainingStage.stage2: rehearsal.stage2}
+    done = []
+    for name in [stage] if stage else list(TrainingStage):
+        done.append(functions[name](settings, paths, samples))
+        Console().print(report.rehearsed(done[-1]))
+        if json is not None:
+            files.write_json(json, [one.as_json() for one in done])
+
+
+def _changed(source: Path, changes: list[str]) -> config.Config:
+    """The configuration in `source` with some of its values replaced."""
+    if not source.exists():
+        raise config.ConfigError(f"{source} does not exist. Write one with: vlv config use tiny")
+    value: Any = yaml.safe_load(source.read_text(encoding="utf-8"))
+    for change in changes:
+        key, equals, given = change.partition("=")
+        *sections, last = key.split(".")
+        section = value
+        for name in sections:
+            section = section.get(name) if isinstance(section, dict) else None
+        if not equals or not isinstance(section, dict):
+            raise config.ConfigError(f"--set takes KEY=VALUE with a key of the configuration, not {change!r}")
+        section[last] = yaml.safe_load(given)
+    return config.parse(yaml.safe_dump(value, sort_keys=False), f"{source} with {changes}" if changes else str(source))

@@ -16,12 +16,13 @@ from vlv.config.data import Data, DataGate, ImportedSource, ScenesSource
 from vlv.config.models import Decoder, Encoder, LanguageModel
 from vlv.config.paths import Paths
 from vlv.config.results import Evaluate, Register
+from vlv.config.tracking import Tracking
 from vlv.config.training import Lora, Optimizer, Stage1, Stage2, Timesteps, Training
 
 __all__ = [
     "Compute", "Config", "ConfigError", "Data", "DataGate", "Decoder", "Encoder", "Evaluate", "ImportedSource",
     "LanguageModel", "Lora", "Optimizer", "Paths", "Precision", "Register", "ScenesSource", "Section", "Stage1",
-    "Stage2", "Timesteps", "Training", "Weights", "load", "parse", "profiles", "use",
+    "Stage2", "Timesteps", "Tracking", "Training", "Weights", "load", "parse", "profiles", "use",
 ]  # fmt: skip
 
 
@@ -38,6 +39,7 @@ class Config(Section):
     evaluate: Evaluate
     register_: Annotated[Register, Field(alias="register")]
     compute: Compute = Field(default_factory=Compute)
+    tracking: Tracking = Field(default_factory=Tracking)
 
     @model_validator(mode="after")
     def _check(self) -> "Config":

@@ -13,7 +13,9 @@ from vlv.planning.counting import Cost, Counter, LiveBytes, Parts, Recorder, Run
 from vlv.planning.stand_ins import Target, on_target
 
 # Gradient checkpointing covers what learns or passes gradients; the others keep nothing anyway.
-RECOMPUTED = (steps.BART_ENCODER, steps.BART_DECODER, steps.TEXT, steps.UNET, steps.LLM)
+RECOMPUTED = (
+    steps.BART_ENCODER, steps.BART_DECODER, steps.TEXT, steps.UNET, steps.TRANSFORMER, steps.LLM,
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -90,24 +92,17 @@ def stage1(
     if recompute is None:
         recompute = RECOMPUTED if s.gradient_checkpointing else ()
     mode = FakeTensorMode(allow_non_fake_inputs=True)
-    model = models.autoencoder(settings, paths, mode, target)
+    model = models.autoencoder(settings, paths, mode, target, s)
     size = settings.data.image_size
 
     def step(samples: int, at: Recorder) -> torch.Tensor:
         pictures = torch.empty(samples, 3, size, size, dtype=torch.uint8)
         return steps.stage1(model, s, pictures, at)
 
-    modules, live = _measure(
-        step,
-        mode,
-        target,
-        s,
-        micro,
-        recompute,
-        prepared,
-        [model],
-        lambda: models.recompute_autoencoder(model, target, s.precision),
-    )
+    subject = _Subject(
+        step, mode, prepared, [model], lambda: models.recompute_autoencoder(model, target, s.precision)
+    )  # fmt: skip
+    modules, live = _measure(subject, target, s, micro, recompute)
     return Stage("stage1", modules, s, s.batch_size // s.draws_per_image, _bytes([model]), _learning([model]), live)
 
 
@@ -116,58 +111,63 @@ def stage2(settings: Config, paths: Paths, target: Target, micro: int = 1, capti
     s = settings.stage2
     recompute = RECOMPUTED if s.gradient_checkpointing else ()
     mode = FakeTensorMode(allow_non_fake_inputs=True)
-    whole = models.autoencoder(settings, paths, mode, target).requires_grad_(False)
+    whole = models.autoencoder(settings, paths, mode, target, s)
     width = whole.decoder.conditioner.width
     prefix, language_model = models.language_side(settings, paths, width, mode, target)
     size, tokens = settings.data.image_size, caption_tokens or s.max_caption_tokens
+    learns = s.learn == "mlp+llm+encoder"
+    prepared = [steps.CONTEXT] if not learns else [steps.TOWER] if s.cache_features else []
 
     def step(samples: int, at: Recorder) -> torch.Tensor:
         pictures = torch.empty(samples, 3, size, size, dtype=torch.uint8)
-        context = steps.context_of(whole, pictures, at)
+        context = steps.context_of(whole, pictures, at, learns=learns)
         ids = torch.empty(samples, tokens, dtype=torch.long)
         return steps.stage2(prefix, language_model, context, ids, at)
 
-    modules, live = _measure(
-        step,
-        mode,
-        target,
-        s,
-        micro,
-        recompute,
-        [steps.CONTEXT],
-        [prefix, language_model],
-        lambda: models.recompute(language_model, target, s.precision),
-    )
+    def redo() -> None:
+        models.recompute(language_model, target, s.precision)
+        if learns:
+            models.recompute_encoder(whole, target, s.precision)
+
+    subject = _Subject(step, mode, prepared, [whole, prefix, language_model], redo)
+    modules, live = _measure(subject, target, s, micro, recompute)
     held = [whole.encoder, whole.decoder.conditioner, prefix, language_model]
     return Stage("stage2", modules, s, s.batch_size, _bytes(held), _learning(held), live)
 
 
+@dataclass(frozen=True)
+class _Subject:
+    """A stage to be measured: its step for so many samples, what is computed before, what learns.
+
+    Attributes:
+        redo: switches gradient checkpointing on.
+    """
+
+    step: Callable[[int, Recorder], torch.Tensor]
+    mode: FakeTensorMode
+    prepared: Sequence[str]
+    learners: Sequence[nn.Module]
+    redo: Callable[[], None]
+
+
 def _measure(
-    step: Callable[[int, Recorder], torch.Tensor],
-    mode: FakeTensorMode,
-    target: Target,
-    settings: Training,
-    micro: int,
-    recompute: Sequence[str],
-    prepared: Sequence[str],
-    learners: Sequence[nn.Module],
-    redo: Callable[[], None],
+    subject: _Subject, target: Target, settings: Training, micro: int, recompute: Sequence[str]
 ) -> tuple[list[Module], Line]:
-    counters = [Counter(recompute, prepared) for _ in (1, 2)]
+    counters = [Counter(recompute, subject.prepared) for _ in (1, 2)]
     for samples, counter in enumerate(counters, 1):
-        with mode, on_target(target, settings.precision):
-            step(samples, counter)
+        with subject.mode, on_target(target, settings.precision):
+            subject.step(samples, counter)
     if settings.gradient_checkpointing:
-        redo()
+        subject.redo()
     peaks = []
     for samples in sorted({micro, (micro + 1) // 2} if micro > 1 else {1, 2}):
-        with mode, LiveBytes() as live:
+        with subject.mode, LiveBytes() as live:
             with on_target(target, settings.precision):
-                loss = step(samples, _Cached(counters[0]))
+                loss = subject.step(samples, _Cached(counters[0]))
             loss.backward()
             peaks.append((samples, live.peak))
             del loss
-        for module in learners:
+        for module in subject.learners:
             module.zero_grad()
     modules = [
         Module(

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
-from diffusers.models.attention import BasicTransformerBlock
+from diffusers.models.attention import BasicTransformerBlock, JointTransformerBlock
 from diffusers.models.resnet import ResnetBlock2D
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -23,7 +23,7 @@ Parts = Sequence[nn.Module | nn.Parameter]  # what holds a module's parameters
 Run = Callable[..., torch.Tensor]
 
 # What gradient checkpointing recomputes one at a time: the libraries' own blocks.
-BLOCKS = (GradientCheckpointingLayer, ResnetBlock2D, BasicTransformerBlock)
+BLOCKS = (GradientCheckpointingLayer, ResnetBlock2D, BasicTransformerBlock, JointTransformerBlock)
 
 
 @dataclass(frozen=True)

@@ -71,7 +71,7 @@ def forecast(stage: Stage, machine: Machine, images: int) -> Forecast:
         UnknownGpuError: the GPU lacks the configured precision.
     """
     micro = micro_batch(stage, machine)
-    used = memory(stage, machine, micro)
+    used = memory(stage, micro, machine.count, machine.sharding)
     rate = machine.count * machine.gpu.peak(stage.settings.precision, tf32=machine.tf32) * machine.utilisation
     hours = stage.settings.steps * stage.samples * stage.flops / rate / 3600
     prepare = images * stage.prepared_flops / rate / 3600
@@ -96,16 +96,18 @@ def micro_batch(stage: Stage, machine: Machine) -> int:
     return per_gpu(stage.settings, stage.samples, machine.count)
 
 
-def memory(stage: Stage, machine: Machine, micro: int, *, recompute: bool | None = None) -> Memory:
-    """By kind; `recompute` asks for gradient checkpointing switched on or off (None: as configured)."""
+def memory(
+    stage: Stage, micro: int, count: int = 1, sharding: Sharding = "none", *, recompute: bool | None = None
+) -> Memory:
+    """By kind, on one of `count` devices; `recompute`: gradient checkpointing on or off (None: as configured)."""
     kept = sum(_kept(m.kept_whole, m.kept_recomputed, m.kept, recompute).at(micro) for m in stage.modules)
     gradients = 4 * stage.learning
     optimizer = 4 * stage.learning * (3 if stage.settings.optimizer.ema_decay else 2)  # AdamW's two averages, in fp32
-    share = machine.count if machine.sharding != "none" else 1
+    share = count if sharding != "none" else 1
     learned = 4 * stage.learning
-    weights = stage.weights - learned + learned // (machine.count if machine.sharding == "full" else 1)
+    weights = stage.weights - learned + learned // (count if sharding == "full" else 1)
     # DDP copies the gradients into buckets of their own.
-    buckets = gradients if machine.count > 1 and machine.sharding == "none" else 0
+    buckets = gradients if count > 1 and sharding == "none" else 0
     held = weights + optimizer // share + buckets
     configured = sum(m.kept.at(micro) for m in stage.modules)
     live = stage.live.at(micro) - (configured - kept) - (gradients - gradients // share)
@@ -120,7 +122,8 @@ def _kept(whole: Line, recomputed: Line, configured: Line, recompute: bool | Non
 def knobs(stage: Stage, machine: Machine) -> list[str]:
     """What each knob frees on a GPU, in sentences."""
     micro = micro_batch(stage, machine)
-    now = memory(stage, machine, micro).peak
+    count, sharding = machine.count, machine.sharding
+    now = memory(stage, micro, count, sharding).peak
     result = []
 
     def say(knob: str, bytes_: int) -> None:
@@ -128,13 +131,12 @@ def knobs(stage: Stage, machine: Machine) -> list[str]:
             result.append(f"{knob}: {(now - bytes_) / GIB:.1f} GiB less")
 
     if not stage.settings.gradient_checkpointing:
-        say(f"{stage.name}.gradient_checkpointing: true", memory(stage, machine, micro, recompute=True).peak)
+        say(f"{stage.name}.gradient_checkpointing: true", memory(stage, micro, count, sharding, recompute=True).peak)
     if micro > 1:
         twice = stage.settings.accumulation * 2
-        say(f"{stage.name}.accumulation: {twice}", memory(stage, machine, math.ceil(micro / 2)).peak)
-    if machine.count > 1 and machine.sharding == "none":
-        split = Machine(machine.gpu, machine.count, machine.utilisation, machine.price, "zero2")
-        say("ZeRO-2 (gradients and optimizer split)", memory(stage, split, micro).peak)
+        say(f"{stage.name}.accumulation: {twice}", memory(stage, math.ceil(micro / 2), count, sharding).peak)
+    if count > 1 and sharding == "none":
+        say("ZeRO-2 (gradients and optimizer split)", memory(stage, micro, count, "zero2").peak)
     largest = _largest(stage, machine)
     if largest == 0:
         result.append("one sample at a time does not fit either")
@@ -149,7 +151,7 @@ def _largest(stage: Stage, machine: Machine) -> int:
     low, high = 0, micro_batch(stage, machine)
     while low < high:  # memory grows with the batch
         middle = (low + high + 1) // 2
-        if memory(stage, machine, middle).peak <= usable(machine.gpu):
+        if memory(stage, middle, machine.count, machine.sharding).peak <= usable(machine.gpu):
             low = middle
         else:
             high = middle - 1

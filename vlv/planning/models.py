@@ -6,68 +6,91 @@ from functools import partial
 from typing import Any
 
 import torch
+from diffusers import SD3Transformer2DModel, UNet2DConditionModel
 from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
+from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from vlv.config import Config, ConfigError, Paths, Precision
-from vlv.models import pretrained
+from vlv.config import Config, Paths, Precision, Stage1, Training
+from vlv.models import adapters, pretrained
 from vlv.models.autoencoder import Autoencoder
 from vlv.models.captioner import Prefix
+from vlv.models.decoders.base import Decoder
+from vlv.models.decoders.sd3 import SD3Decoder
+from vlv.models.decoders.sdxl import SDXLDecoder
 from vlv.models.decoders.stable_diffusion import StableDiffusionDecoder
+from vlv.models.encoder import CaptionEncoder
 from vlv.planning.stand_ins import Target, like, on_target, stand_in
+from vlv.training import blocks
 
 
-def autoencoder(settings: Config, paths: Paths, mode: FakeTensorMode, target: Target) -> Autoencoder:
-    """Stage 1's model. Weights are not read: the architectures' configurations are enough.
+def without_weights(settings: Config) -> Config:
+    """The same architectures with new weights; no word of a tokenizer is needed to build them."""
+    random = {"weights": "random"}
+    return settings.model_copy(
+        update={
+            "encoder": settings.encoder.model_copy(update={**random, "prompt": ""}),
+            "decoder": settings.decoder.model_copy(update=random),
+            "language_model": settings.language_model.model_copy(update=random),
+        }
+    )
+
+
+def set_prompt(encoder: CaptionEncoder, prompt: str) -> None:
+    """Give an encoder that was built without its tokenizer a prompt of about the right length."""
+    encoder.prompt_ids = torch.zeros(prompt_length(prompt), dtype=torch.long)
+
+
+def autoencoder(
+    settings: Config, paths: Paths, mode: FakeTensorMode, target: Target, training: Training
+) -> Autoencoder:
+    """Stage 1's model, as `training` uses it: Stage 1 teaches its encoder, Stage 2 by choice.
+
+    Weights are not read: the architectures' configurations are enough.
 
     The prompt's length is estimated (words and punctuation marks, begin and end), as the tokenizer may not be at hand.
-
-    Raises:
-        ConfigError: a kind of decoder whose steps are not counted yet.
     """
-    random = {"weights": "random"}
-    encoder = settings.encoder.model_copy(update={**random, "prompt": ""})
-    decoder = settings.decoder.model_copy(update=random)
     with torch.device("meta"):
-        model = Autoencoder.build(settings.model_copy(update={"encoder": encoder, "decoder": decoder}), paths)
-        prompt = torch.zeros(prompt_length(settings.encoder.prompt), dtype=torch.long)
-    drawing = stable_diffusion(model)
-    model.encoder.prompt_ids = prompt
-    model.encoder.set_learning(settings.stage1.learn)
+        model = Autoencoder.build(without_weights(settings), paths)
+        set_prompt(model.encoder, settings.encoder.prompt)
+    if isinstance(training, Stage1) or settings.stage2.learn == "mlp+llm+encoder":
+        model.encoder.set_learning(settings.stage1.learn)
+    else:
+        model.requires_grad_(False)
+    _store_frozen(model, training)
     _attend(model.encoder.florence, target)
-    _attend(drawing.conditioner.text_encoder, target)
-    drawing.unet.set_attn_processor(AttnProcessor2_0() if target == "gpu" else AttnProcessor())
+    for text_encoder in text_encoders(model.decoder.conditioner):
+        _attend(text_encoder, target)
+    drawing = denoiser(model.decoder)
+    if isinstance(drawing, UNet2DConditionModel):  # SD 3's transformer has the fused kernel everywhere
+        drawing.set_attn_processor(AttnProcessor2_0() if target == "gpu" else AttnProcessor())
     stand_in(model, mode)
-    model.decoder.scheduler.alphas_cumprod = like(model.decoder.scheduler.alphas_cumprod, mode)
+    for name in ("alphas_cumprod", "sigmas", "timesteps"):
+        if (table := getattr(model.decoder.scheduler, name, None)) is not None:
+            setattr(model.decoder.scheduler, name, like(table, mode))
     return model
 
 
-def stable_diffusion(model: Autoencoder) -> StableDiffusionDecoder:
-    """The model's decoder.
+def denoiser(decoder: Decoder[Any]) -> UNet2DConditionModel | SD3Transformer2DModel:
+    """The decoder's network."""
+    if isinstance(decoder, SD3Decoder):
+        return decoder.transformer
+    assert isinstance(decoder, StableDiffusionDecoder | SDXLDecoder)
+    return decoder.unet
 
-    Raises:
-        ConfigError: of a kind whose steps are not counted yet.
-    """
-    if not isinstance(model.decoder, StableDiffusionDecoder):
-        raise ConfigError(
-            f"vlv plan counts decoder.kind stable_diffusion only so far, not {type(model.decoder).__name__}"
-        )
-    return model.decoder
+
+def text_encoders(conditioner: nn.Module) -> list[PreTrainedModel]:
+    """All text encoders of a text side."""
+    return [part for part in conditioner.modules() if isinstance(part, PreTrainedModel)]
 
 
 def language_side(
     settings: Config, paths: Paths, context_width: int, mode: FakeTensorMode, target: Target
 ) -> tuple[Prefix, PreTrainedModel]:
-    """Stage 2's prefix and language model, with what learns chosen.
-
-    Raises:
-        ConfigError: a choice of what learns that is not counted yet.
-    """
-    if settings.stage2.learn not in ("mlp", "mlp+llm"):
-        raise ConfigError(f"vlv plan counts stage2.learn mlp and mlp+llm only so far, not {settings.stage2.learn}")
+    """Stage 2's prefix and language model, with what learns chosen."""
     section = settings.language_model
     with torch.device("meta"):
         model = pretrained.language_model_alone(section.model_copy(update={"weights": "random"}), paths)
@@ -75,7 +98,12 @@ def language_side(
         prefix = Prefix(
             settings.encoder.queries, context_width, section.prefix_width, width, positions=section.prefix_positions
         )
-    model.requires_grad_(settings.stage2.learn != "mlp")
+        if settings.stage2.learn == "mlp+lora":
+            adapters.insert(model, settings.stage2.lora)
+    model.requires_grad_(settings.stage2.learn in ("mlp+llm", "mlp+llm+encoder"))
+    if settings.stage2.learn == "mlp+lora":
+        adapters.set_learning(model)
+    _store_frozen(model, settings.stage2)
     _attend(model, target)
     for module in (prefix, model):
         stand_in(module, mode)
@@ -87,6 +115,11 @@ def prompt_length(prompt: str) -> int:
     return len(re.findall(r"\w+|[^\w\s]", prompt)) + 2 if prompt else 0
 
 
+def _store_frozen(model: nn.Module, training: Training) -> None:
+    if training.frozen_precision == "bf16":
+        blocks.store_frozen_in_bf16(model)
+
+
 def _attend(model: PreTrainedModel, target: Target) -> None:
     """The attention that this project runs on the target: fused on a GPU, plain products on a CPU."""
     model.set_attn_implementation("sdpa" if target == "gpu" else "eager")
@@ -94,10 +127,15 @@ def _attend(model: PreTrainedModel, target: Target) -> None:
 
 def recompute_autoencoder(model: Autoencoder, target: Target, precision: Precision) -> None:
     """Switch gradient checkpointing on in all that learns or passes gradients."""
+    recompute_encoder(model, target, precision)
+    denoiser(model.decoder).enable_gradient_checkpointing(partial(checkpoint, **_checkpointing(target, precision)))
+
+
+def recompute_encoder(model: Autoencoder, target: Target, precision: Precision) -> None:
+    """Switch it on where gradients pass between the images and the context."""
     recompute(model.encoder.florence.model.language_model, target, precision)
-    decoder = stable_diffusion(model)
-    recompute(decoder.conditioner.text_encoder, target, precision)
-    decoder.unet.enable_gradient_checkpointing(partial(checkpoint, **_checkpointing(target, precision)))
+    for text_encoder in text_encoders(model.decoder.conditioner):
+        recompute(text_encoder, target, precision)
 
 
 def recompute(model: PreTrainedModel, target: Target, precision: Precision) -> None:

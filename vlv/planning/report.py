@@ -7,6 +7,7 @@ from rich.table import Table
 
 from vlv.planning.count import Stage
 from vlv.planning.forecast import GIB, Forecast, usable
+from vlv.planning.rehearsal import Rehearsed
 
 _GIGA = 1e9
 
@@ -100,3 +101,25 @@ def as_json(f: Forecast) -> dict[str, Any]:
 
 def _giga(flops: int) -> str:
     return f"{flops / _GIGA:,.0f}" if flops else ""
+
+
+def rehearsed(done: Rehearsed) -> Table:
+    """What a rehearsal took, beside its forecast."""
+    table = Table(
+        title=f"{done.stage} on {done.device}, {done.samples} at a time", title_justify="left", show_header=False
+    )
+    table.add_column()
+    table.add_column(justify="right")
+    for what, seconds in (
+        ("build", done.build), ("first step, counted", done.first_step), ("write checkpoint", done.save),
+        ("go on from it", done.resume), ("second step", done.second_step),
+    ):  # fmt: skip
+        table.add_row(what, f"{seconds:,.1f} s")
+    table.add_section()
+    table.add_row("checkpoint", f"{done.checkpoint / GIB:,.2f} GiB")
+    table.add_row("peak of the second step", f"{done.peak / GIB:,.2f} GiB")
+    table.add_row(
+        "forecast", f"{done.expected / GIB:,.2f} GiB; the peak is {done.peak / done.expected - 1:+.1%} from it"
+    )
+    table.add_row("peak while writing", f"{done.saving_peak / GIB:,.2f} GiB")
+    return table

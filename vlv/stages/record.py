@@ -10,6 +10,7 @@ from vlv import files, tracking
 from vlv.config import Config, Paths, Training
 from vlv.data import shards
 from vlv.evaluation import report
+from vlv.tracking.mirror import mirrored
 from vlv.tracking.run import flatten
 from vlv.training import ledger, runtime
 
@@ -52,13 +53,19 @@ def training_record(
         yield lambda step, values: None
         return
     curve = record.training / "curve.jsonl"
-    with tracking.start_run(record.paths, record.stage, resume_file=record.training / "run.json") as run:
-        run.log_params(settings.model_dump(mode="json", by_alias=True))
+    parameters = settings.model_dump(mode="json", by_alias=True)
+    identity = f"{record.stage}-{record.training.name}"
+    with (
+        tracking.start_run(record.paths, record.stage, resume_file=record.training / "run.json") as run,
+        mirrored(settings.tracking, record.paths, record.stage, identity, parameters) as mirror,
+    ):
+        run.log_params(parameters)
         log_data(run, record.paths)
 
         def on_log(step: int, values: dict[str, float]) -> None:
             files.append_json_line(curve, {"step": step, **values})
             run.log_metrics(values, step)
+            mirror.log(values, step)
 
         yield on_log
         # A resumed training may have logged some steps twice: the last word counts.

@@ -1,0 +1,93 @@
+"""The rehearsal: real steps, a real checkpoint, memory that is measured and forecast alike."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import Qwen2Config
+
+from tests.conftest import profile
+from vlv import cli, config
+from vlv.config import Paths
+from vlv.models import pretrained
+from vlv.planning import rehearsal
+from vlv.planning.memory import PeakMemory
+
+MIB = 2**20
+
+
+def test_the_peak_is_what_was_held_at_once_and_not_what_was_mapped(tmp_path: Path) -> None:
+    file = tmp_path / "weights.bin"
+    file.write_bytes(bytes(300 * MIB))
+    with PeakMemory(torch.device("cpu")) as memory:
+        memory.restart()
+        for _ in range(2):
+            held = torch.ones(200 * MIB // 4)
+            del held
+        assert 195 * MIB < memory.peak() < 230 * MIB
+        memory.restart()
+        mapped = torch.from_file(str(file), size=300 * MIB, dtype=torch.uint8)
+        assert mapped.max() == 0
+        assert memory.peak() < 30 * MIB
+
+
+@pytest.fixture
+def wide(tmp_path: Path) -> Callable[[int], config.Config]:
+    """The smoke profile with a language model of so wide a vocabulary, known by its architecture alone."""
+
+    def settings(words: int) -> config.Config:
+        Qwen2Config(
+            vocab_size=words, hidden_size=512, intermediate_size=1024, num_hidden_layers=4, num_attention_heads=8,
+            num_key_value_heads=2, tie_word_embeddings=True,
+        ).save_pretrained(tmp_path / "language_model")  # fmt: skip
+        smoke = profile("smoke")
+        changed = {"weights": "random", "architecture": str(tmp_path / "language_model")}
+        return smoke.model_copy(update={"language_model": smoke.language_model.model_copy(update=changed)})
+
+    return settings
+
+
+@pytest.mark.parametrize("learn", ["mlp", "mlp+llm"])
+def test_two_steps_of_stage_2_take_the_memory_that_was_forecast(
+    learn: str, wide: Callable[[int], config.Config], paths: Paths
+) -> None:
+    settings = wide(100_000)
+    stage2 = settings.stage2.model_copy(update={"learn": learn, "max_caption_tokens": 200})
+    done = rehearsal.stage2(settings.model_copy(update={"stage2": stage2}), paths, samples=2)
+    assert done.peak == pytest.approx(done.expected, rel=0.15)
+    learned = 60 * 12 * 1_000_000 if learn == "mlp+llm" else 0  # 60 M parameters with AdamW's two averages
+    assert learned < done.checkpoint < learned + 30_000_000
+    assert min(done.build, done.first_step, done.second_step) > 0
+
+
+def test_a_model_without_words_learns_but_does_not_write(wide: Callable[[int], config.Config], paths: Paths) -> None:
+    model, words = pretrained.language_model(wide(1000).language_model, paths)
+    assert words is None and model.config.vocab_size == 1000
+
+
+def test_what_will_not_fit_is_not_begun(wide: Callable[[int], config.Config], paths: Paths) -> None:
+    with pytest.raises(rehearsal.TooLargeError, match=r"stage2 needs \d+.* GiB for 1 samples.*vlv plan"):
+        rehearsal.stage2(wide(200_000_000), paths)
+
+
+def test_the_command_rehearses_both_stages_with_changed_values(
+    tmp_path: Path, paths: Paths, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("VLV_ROOT", str(paths.root))
+    file = tmp_path / "rehearsal.json"
+    smoke = str(paths.root / "configs" / "smoke.yaml")
+    with pytest.raises(SystemExit) as ended:
+        cli.app(
+            ["rehearse", "--config", smoke, "--set", "stage2.learn=mlp+llm+encoder", "--json", str(file)],
+            prog_name="vlv",
+        )
+    assert not ended.value.code
+    assert "peak of the second step" in capsys.readouterr().out
+    one, two = json.loads(file.read_text())
+    assert (one["stage"], two["stage"]) == ("stage1", "stage2")
+    for wrong in ("stage2.lern=mlp", "stage3.learn=mlp", "stage2.learn"):
+        with pytest.raises(SystemExit) as refused:
+            cli.app(["rehearse", "--config", smoke, "--set", wrong], prog_name="vlv")
+        assert refused.value.code == cli.ANSWER
