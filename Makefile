@@ -65,7 +65,8 @@ VARIANT := work/variants/$(NAME)
 variant: env
 	$(if $(NAME),,$(error make variant NAME=... SET="KEY=VALUE ..."))
 	[ -d $(VARIANT) ] || git clone --quiet . $(VARIANT)
-	cd $(VARIANT) && export PATH="$(CURDIR)/$(BIN):$$PATH" VLV_CACHE="$(CURDIR)/.cache" \
+	mkdir -p .cache && ln -sfn "$(CURDIR)/.cache" $(VARIANT)/.cache
+	cd $(VARIANT) && export PATH="$(CURDIR)/$(BIN):$$PATH" \
 	  && dvc cache dir --local "$(CURDIR)/.dvc/cache" && vlv config use $(PROFILE) && vlv data download \
 	  && dvc exp run $(foreach value,evaluate.untrained_floor=false $(SET),--set-param $(value)) evaluate
 	mkdir -p metrics/variants/$(NAME) plots/variants/$(NAME)

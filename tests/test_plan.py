@@ -12,6 +12,8 @@ from tests import small_models
 from tests.conftest import profile
 from vlv import cli, config
 from vlv.config import Paths
+from vlv.data import shards
+from vlv.data.cache import ShardCache
 from vlv.models.autoencoder import Autoencoder, Stage1Batch
 from vlv.models.captioner import Captioner, Stage2Batch
 from vlv.planning import count, gpus, steps
@@ -134,6 +136,22 @@ def test_frozen_weights_in_bf16_are_forecast(smoke: config.Config, paths: Paths)
     model = Autoencoder.build(smoke, paths)
     blocks.store_frozen_in_bf16(model)
     assert counted.weights == sum(t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers()))
+
+
+def test_what_the_caches_take_is_what_they_hold(paths: Paths, scene_data: Path, tmp_path: Path) -> None:
+    smoke = profile("smoke")
+    counted = count.stage1(smoke, paths, "cpu")
+    model = Autoencoder.build(smoke, paths)
+    entries = shards.read_manifest(scene_data).splits["test"].shards
+
+    def compute(x: torch.Tensor) -> dict[str, torch.Tensor]:
+        mean, spread = model.decoder.encode(x)
+        return {"mean": mean, "spread": spread, "features": model.encoder.features(x)}
+
+    cache = ShardCache(tmp_path, "both", {}, "test")
+    cache.fill(scene_data, entries, compute)
+    held = sum(t.numel() * t.element_size() for e in entries for t in cache.load(e).values())
+    assert counted.stored * sum(e.samples for e in entries) == held
 
 
 def test_memory_of_a_step_is_what_the_real_step_allocates(smoke: config.Config, paths: Paths) -> None:

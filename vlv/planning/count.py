@@ -79,6 +79,11 @@ class Stage:
         """FLOPs of one image before the training, for the caches."""
         return sum(m.cost.forward for m in self.modules if m.cost.prepared)
 
+    @property
+    def stored(self) -> int:
+        """Bytes that one image takes in the caches."""
+        return sum(m.cost.stored for m in self.modules)
+
 
 def stage1(
     settings: Config, paths: Paths, target: Target, micro: int = 1, recompute: Sequence[str] | None = None

@@ -36,6 +36,7 @@ class Cost:
         kept_whole, kept_recomputed: the same without and with gradient checkpointing.
         parameters, learning: counts.
         prepared: computed once an image before the training and read from a cache in the step.
+        stored: bytes that one image takes in that cache (bfloat16); 0 where there is none.
     """
 
     name: str
@@ -48,6 +49,7 @@ class Cost:
     learning: int
     recompute: bool = False
     prepared: bool = False
+    stored: int = 0
 
     @property
     def kept(self) -> int:
@@ -102,14 +104,16 @@ class Counter:
         flops = forward.get_total_flops()
         recompute = name in self._recompute and output.requires_grad
         whole, recomputed = (kept.whole(), kept.recomputed()) if output.requires_grad else (0, 0)
+        prepared = name in self._prepared
+        stored = output.numel() // len(output) * torch.bfloat16.itemsize if prepared else 0
         self.costs.append(
             Cost(
                 name, flops, backward, flops if recompute else 0, whole, recomputed,
                 sum(p.numel() for p in parameters), sum(p.numel() for p in learning),
-                recompute, name in self._prepared,
+                recompute, prepared, stored,
             )
         )  # fmt: skip
-        if name in self._prepared:
+        if prepared:
             self.outputs[name] = output
         return output
 

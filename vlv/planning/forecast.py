@@ -51,7 +51,13 @@ class Memory:
 
 @dataclass(frozen=True)
 class Forecast:
-    """A stage on a machine. `micro_batch`: samples on one GPU at a time; `hours`, `dollars`: of the whole training."""
+    """A stage on a machine.
+
+    Attributes:
+        micro_batch: samples on one GPU at a time.
+        hours, dollars: of the whole training.
+        cache_bytes: disk space that the caches of all images take.
+    """
 
     stage: Stage
     machine: Machine
@@ -61,6 +67,7 @@ class Forecast:
     hours: float
     dollars: float | None
     prepare_hours: float
+    cache_bytes: int
     knobs: list[str]
 
 
@@ -77,7 +84,16 @@ def forecast(stage: Stage, machine: Machine, images: int) -> Forecast:
     prepare = images * stage.prepared_flops / rate / 3600
     dollars = None if machine.price is None else (hours + prepare) * machine.count * machine.price
     return Forecast(
-        stage, machine, micro, used, used.peak <= usable(machine.gpu), hours, dollars, prepare, knobs(stage, machine)
+        stage,
+        machine,
+        micro,
+        used,
+        used.peak <= usable(machine.gpu),
+        hours,
+        dollars,
+        prepare,
+        images * stage.stored,
+        knobs(stage, machine),
     )
 
 

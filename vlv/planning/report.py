@@ -68,6 +68,8 @@ def show(chosen: list[Forecast], others: list[list[Forecast]], console: Console)
     for f, table in zip(chosen, others, strict=True):
         console.print(modules(f.stage, f.micro_batch))
         console.print(gpus(table))
+        if f.cache_bytes:
+            console.print(f"  caches: {f.cache_bytes / GIB:,.1f} GiB of disk", highlight=False)
         for knob in f.knobs:
             console.print(f"  {f.machine.gpu.name}: {knob}", highlight=False)
         console.print()
@@ -95,6 +97,7 @@ def as_json(f: Forecast) -> dict[str, Any]:
             "weights": m.weights, "gradients": m.gradients, "optimizer": m.optimizer, "buckets": m.communication,
             "activations": m.activations, "peak": m.peak, "usable": usable(gpu),
         },
+        "cache_bytes": f.cache_bytes,
         "fits": f.fits, "hours": f.hours, "prepare_hours": f.prepare_hours, "dollars": f.dollars, "knobs": f.knobs,
     }  # fmt: skip
 
