@@ -49,3 +49,17 @@ def test_readme_shows_the_figures_of_the_run(tmp_path: Path) -> None:
     for table in report.figures(paths):
         assert table.markdown() in _committed("README.md")
     assert json.loads(_committed("metrics/evaluate.json"))["profile"] == "tiny"
+
+
+def test_readme_shows_the_controls_figures() -> None:
+    listed = subprocess.run(
+        ["git", "ls-tree", "--name-only", "HEAD", "metrics/variants/"], cwd=ROOT, capture_output=True, text=True
+    )
+    folders = listed.stdout.split()
+    assert folders, "no control is committed"
+    for folder in ["metrics", *folders]:
+        measured = json.loads(_committed(f"{folder}/evaluate.json"))
+        captions, drawn = measured["scenes"], measured["reconstruction"]
+        figures = [captions["object_recall"], captions["exact_match"], drawn["object_recall"]]
+        row = " | ".join([*(f"{figure:.3f}" for figure in figures), f"{drawn['psnr']:.2f}"])
+        assert f"| {row} |" in _committed("README.md"), folder

@@ -140,7 +140,7 @@ def recompute_encoder(model: Autoencoder, target: Target, precision: Precision) 
 
 def recompute(model: PreTrainedModel, target: Target, precision: Precision) -> None:
     """Switch gradient checkpointing on in a transformers model."""
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=_checkpointing(target, precision))
+    model.activation_checkpointing_enable(activation_checkpointing_kwargs=_checkpointing(target, precision))
     for layer in model.modules():
         if isinstance(layer, GradientCheckpointingLayer):
             layer.training = True  # it recomputes only in training mode
