@@ -5,6 +5,7 @@
 # make variant      a control beside the headline: the pipeline up to evaluate in a clone of its own (work/variants)
 #                   with some values changed; its figures and curves go to metrics/variants and plots/variants
 #                     make variant NAME=text-encoder SET="decoder.use_text_encoder=true"
+#                   (+KEY=VALUE for a key that the profile leaves at its default)
 # make clean        remove the environment and caches; data, results and the model store stay
 #
 # PYTHON=python3.12      another interpreter (3.11 or 3.12)

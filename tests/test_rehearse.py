@@ -12,6 +12,7 @@ from tests.conftest import profile
 from vlv import cli, config
 from vlv.config import Paths
 from vlv.models import pretrained
+from vlv.models.captioner import Captioner
 from vlv.planning import rehearsal
 from vlv.planning.memory import PeakMemory
 
@@ -63,8 +64,11 @@ def test_two_steps_of_stage_2_take_the_memory_that_was_forecast(
 
 
 def test_a_model_without_words_learns_but_does_not_write(wide: Callable[[int], config.Config], paths: Paths) -> None:
-    model, words = pretrained.language_model(wide(1000).language_model, paths)
+    settings = wide(1000)
+    model, words = pretrained.language_model(settings.language_model, paths)
     assert words is None and model.config.vocab_size == 1000
+    with pytest.raises(ValueError, match="without a tokenizer"):
+        Captioner.build(settings, paths).write(None)
 
 
 def test_what_will_not_fit_is_not_begun(wide: Callable[[int], config.Config], paths: Paths) -> None:

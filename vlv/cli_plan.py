@@ -11,6 +11,14 @@ from rich.console import Console
 from vlv import config, files
 from vlv.config import Paths
 
+_ConfigFile = Annotated[
+    Path | None, typer.Option("--config", help="A profile's file; without: params.yaml.", exists=True)
+]
+_Changes = Annotated[
+    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a value: stage1.precision=bf16")
+]
+_Json = Annotated[Path | None, typer.Option(help="Write everything to this file as well.")]
+
 
 class Sharding(StrEnum):
     """How the GPUs share what a training holds."""
@@ -21,9 +29,7 @@ class Sharding(StrEnum):
 
 
 def plan(
-    config_: Annotated[
-        Path | None, typer.Option("--config", help="A profile's file; without: params.yaml.", exists=True)
-    ] = None,
+    config_: _ConfigFile = None,
     gpu: Annotated[str, typer.Option(help="Name in the table of GPUs.")] = "RTX 6000 Ada",
     count: Annotated[int, typer.Option(min=1, help="GPUs.")] = 8,
     utilisation: Annotated[float, typer.Option(min=0.01, max=1.0, help="Share of the peak rate.")] = 0.35,
@@ -32,7 +38,8 @@ def plan(
     tf32: Annotated[bool, typer.Option(help="Float32 products on the tensor cores.")] = False,
     images: Annotated[int | None, typer.Option(min=1, help="Different images, for the caches' cost.")] = None,
     caption_tokens: Annotated[int | None, typer.Option(min=1, help="Length in Stage 2; without: the limit.")] = None,
-    json: Annotated[Path | None, typer.Option(help="Write everything to this file as well.")] = None,
+    changes: _Changes = None,
+    json: _Json = None,
 ) -> None:
     """Count FLOPs, memory, time and money of both stages at full size, on no GPU and without weights.
 
@@ -43,7 +50,7 @@ def plan(
     from vlv.planning.forecast import Machine, forecast, per_gpu
 
     paths = Paths.find()
-    settings = config.parse(config_.read_text(encoding="utf-8"), str(config_)) if config_ else config.load(paths)
+    settings = _settings(paths, config_, changes)
     chosen = gpus.find(gpu)
     s1, s2 = settings.stage1, settings.stage2
     stages = [
@@ -72,15 +79,11 @@ class TrainingStage(StrEnum):
 
 
 def rehearse(
-    config_: Annotated[
-        Path | None, typer.Option("--config", help="A profile's file; without: params.yaml.", exists=True)
-    ] = None,
+    config_: _ConfigFile = None,
     stage: Annotated[TrainingStage | None, typer.Option(help="Only this one; without: both.")] = None,
     samples: Annotated[int, typer.Option(min=1, help="Samples on this device at a time.")] = 1,
-    changes: Annotated[
-        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a value: stage1.precision=bf16")
-    ] = None,
-    json: Annotated[Path | None, typer.Option(help="Write everything to this file as well.")] = None,
+    changes: _Changes = None,
+    json: _Json = None,
 ) -> None:
     """Do one real step of each stage at full size here: step, checkpoint, resume, one more step; memory, time.
 
@@ -92,8 +95,7 @@ def rehearse(
     from vlv.planning import rehearsal, report
 
     paths = Paths.find()
-    source = config_ or paths.params
-    settings = _changed(source, changes or [])
+    settings = _settings(paths, config_, changes)
     functions = {TrainingStage.stage1: rehearsal.stage1, TrainingStage.stage2: rehearsal.stage2}
     done = []
     for name in [stage] if stage else list(TrainingStage):
@@ -103,18 +105,17 @@ def rehearse(
             files.write_json(json, [one.as_json() for one in done])
 
 
-def _changed(source: Path, changes: list[str]) -> config.Config:
-    """The configuration in `source` with some of its values replaced."""
-    if not source.exists():
-        raise config.ConfigError(f"{source} does not exist. Write one with: vlv config use tiny")
-    value: Any = yaml.safe_load(source.read_text(encoding="utf-8"))
-    for change in changes:
+def _settings(paths: Paths, file: Path | None, changes: list[str] | None) -> config.Config:
+    """The configuration in `file` (None: params.yaml) with some of its values replaced."""
+    settings = config.parse(file.read_text(encoding="utf-8"), str(file)) if file else config.load(paths)
+    value: dict[str, Any] = settings.model_dump(mode="json", by_alias=True)
+    for change in changes or []:
         key, equals, given = change.partition("=")
         *sections, last = key.split(".")
-        section = value
+        section: Any = value
         for name in sections:
             section = section.get(name) if isinstance(section, dict) else None
         if not equals or not isinstance(section, dict):
             raise config.ConfigError(f"--set takes KEY=VALUE with a key of the configuration, not {change!r}")
         section[last] = yaml.safe_load(given)
-    return config.parse(yaml.safe_dump(value, sort_keys=False), f"{source} with {changes}" if changes else str(source))
+    return config.parse(yaml.safe_dump(value), f"the configuration with {', '.join(changes)}") if changes else settings

@@ -11,20 +11,21 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import psutil
 import torch
-from torch import nn
 
-from vlv.config import Config, Paths, Stage2, Training
+from vlv.config import Config, Paths
 from vlv.models.autoencoder import Autoencoder, Stage1Batch
 from vlv.models.captioner import Captioner, Stage2Batch
 from vlv.planning import count, forecast, models
 from vlv.planning.memory import PeakMemory
+from vlv.planning.stand_ins import Target
 from vlv.training import loop, runtime
 
 GIB = forecast.GIB
+M = TypeVar("M", Autoencoder, Captioner)
 _SPARE = 0.05  # of the free memory, left to others
 
 
@@ -71,24 +72,16 @@ def stage1(settings: Config, paths: Paths, samples: int = 1) -> Rehearsed:
     s = settings.stage1
     device = runtime.join()
 
-    def build() -> Autoencoder:
-        model = Autoencoder.build(models.without_weights(settings), paths)
-        models.set_prompt(model.encoder, settings.encoder.prompt)
-        return model
-
-    def batch(model: nn.Module) -> Stage1Batch:
-        assert isinstance(model, Autoencoder)
-        pictures = _noise(settings, samples).to(device)
+    def batch(model: Autoencoder, pictures: torch.Tensor) -> Stage1Batch:
         cached: dict[str, torch.Tensor] = {}
-        with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=s.precision == "bf16"):
-            if s.cache_latents:
-                cached["latent_mean"], cached["latent_spread"] = model.decoder.encode(pictures)
-            if s.cache_features:
-                cached["features"] = model.encoder.features(pictures)
+        if s.cache_latents:
+            cached["latent_mean"], cached["latent_spread"] = model.decoder.encode(pictures)
+        if s.cache_features:
+            cached["features"] = model.encoder.features(pictures)
         return Stage1Batch(None if s.cache_latents and s.cache_features else pictures, **cached)
 
-    expected = _expected(lambda target: count.stage1(settings, paths, target, samples), device, samples)
-    return _rehearse("stage1", build, batch, s, samples * s.draws_per_image, device, expected)
+    counted = count.stage1(settings, paths, _target(device), samples)
+    return _rehearse(Autoencoder, batch, counted, settings, paths, samples, device)
 
 
 def stage2(settings: Config, paths: Paths, samples: int = 1) -> Rehearsed:
@@ -100,28 +93,21 @@ def stage2(settings: Config, paths: Paths, samples: int = 1) -> Rehearsed:
     s = settings.stage2
     device = runtime.join()
 
-    def build() -> Captioner:
-        model = Captioner.build(models.without_weights(settings), paths)
-        models.set_prompt(model.encoder, settings.encoder.prompt)
-        return model
-
-    def batch(model: nn.Module) -> Stage2Batch:
-        assert isinstance(model, Captioner)
-        return _pairs(model, settings, s, samples, device)
-
-    expected = _expected(lambda target: count.stage2(settings, paths, target, samples), device, samples)
-    return _rehearse("stage2", build, batch, s, samples, device, expected)
-
-
-def _pairs(model: Captioner, settings: Config, s: Stage2, samples: int, device: torch.device) -> Stage2Batch:
-    pictures = _noise(settings, samples).to(device)
-    words = model.language_model.get_input_embeddings().weight.shape[0]
-    ids = torch.randint(0, words, (samples, s.max_caption_tokens), generator=torch.Generator().manual_seed(s.seed))
-    with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=s.precision == "bf16"):
+    def batch(model: Captioner, pictures: torch.Tensor) -> Stage2Batch:
+        words = model.language_model.get_input_embeddings().weight.shape[0]
+        ids = torch.randint(0, words, (samples, s.max_caption_tokens), generator=torch.Generator().manual_seed(s.seed))
         if s.learn != "mlp+llm+encoder":
             return Stage2Batch(model.context(pictures), ids, ids)
-        features = model.encoder.features(pictures) if s.cache_features else None
-    return Stage2Batch(None, ids, ids, pictures if features is None else None, features)
+        if s.cache_features:
+            return Stage2Batch(None, ids, ids, features=model.encoder.features(pictures))
+        return Stage2Batch(None, ids, ids, pictures)
+
+    counted = count.stage2(settings, paths, _target(device), samples)
+    return _rehearse(Captioner, batch, counted, settings, paths, samples, device)
+
+
+def _target(device: torch.device) -> Target:
+    return "gpu" if device.type == "cuda" else "cpu"
 
 
 def _noise(settings: Config, samples: int) -> torch.Tensor:
@@ -130,13 +116,12 @@ def _noise(settings: Config, samples: int) -> torch.Tensor:
     return torch.randint(0, 256, (samples, 3, size, size), generator=generator, dtype=torch.uint8)
 
 
-def _expected(counted: Callable[[Any], count.Stage], device: torch.device, samples: int) -> int:
+def _expected(stage: count.Stage, device: torch.device, samples: int) -> int:
     """Bytes that the step will hold at most.
 
     Raises:
         TooLargeError: more than are free.
     """
-    stage = counted("gpu" if device.type == "cuda" else "cpu")
     peak = forecast.memory(stage, samples).peak
     free = torch.cuda.mem_get_info()[0] if device.type == "cuda" else psutil.virtual_memory().available
     if peak > free * (1 - _SPARE):
@@ -148,23 +133,31 @@ def _expected(counted: Callable[[Any], count.Stage], device: torch.device, sampl
 
 
 def _rehearse(
-    stage: str,
-    build: Callable[[], nn.Module],
-    batch: Callable[[Any], object],
-    configured: Training,
+    kind: type[M],
+    batch: Callable[[M, torch.Tensor], object],
+    counted: count.Stage,
+    settings: Config,
+    paths: Paths,
     samples: int,
     device: torch.device,
-    expected: int,
 ) -> Rehearsed:
+    """Train a new model of `kind` for a step, and a second one from that step's checkpoint for one more."""
+    expected = _expected(counted, device, samples)
+    stage, configured = counted.name, counted.settings
+    fixed = {"accumulation": 1, "checkpoint_every": 1, "log_every": 1}
+    fixed["batch_size"] = samples * (configured.batch_size // counted.samples)  # an image counts once for each draw
     clock = _Clock()
     gc.collect()
     with tempfile.TemporaryDirectory(prefix="vlv-rehearsal-") as folder, PeakMemory(device) as memory:
 
         def train(steps: int) -> None:
-            changed = {"batch_size": samples, "accumulation": 1, "steps": steps, "checkpoint_every": 1, "log_every": 1}
-            model = build().to(device)
+            model = kind.build(models.without_weights(settings), paths)
+            models.set_prompt(model.encoder, settings.encoder.prompt)
+            model.to(device)
             clock.note("built")
-            given = batch(model)
+            bf16 = torch.autocast(device.type, torch.bfloat16, enabled=configured.precision == "bf16")
+            with torch.no_grad(), bf16:
+                given = batch(model, _noise(settings, samples).to(device))
             clock.note("prepared")
 
             def batches(step: int) -> Iterator[object]:
@@ -177,8 +170,8 @@ def _rehearse(
                 clock.peaks["step"] = memory.peak()
                 memory.restart()
 
-            settings = configured.model_copy(update=changed)
-            loop.train(model, batches, settings, Path(folder), stage, on_log, f"Rehearsal of {stage}")
+            training = configured.model_copy(update={**fixed, "steps": steps})
+            loop.train(model, batches, training, Path(folder), stage, on_log, f"Rehearsal of {stage}")
             clock.note("saved")
             clock.peaks["save"] = max(memory.peak(), clock.peaks.get("save", 0))
 

@@ -11,7 +11,6 @@ import queue
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 from vlv.config import ConfigError, Paths, Tracking
@@ -85,7 +84,8 @@ def mirrored(
         return
     if importlib.util.find_spec("wandb") is None:
         raise ConfigError("tracking.wandb_project needs wandb: pip install 'vlv[wandb]', or set it to null")
-    folder = _folder(paths)
+    folder = paths.work / "wandb"
+    folder.mkdir(parents=True, exist_ok=True)
     options = {
         "name": name, "id": identity, "resume": "allow", "dir": str(folder),
         "mode": "online" if settings.wandb_online else "offline",
@@ -96,9 +96,3 @@ def mirrored(
         yield mirror
     finally:
         mirror._end()
-
-
-def _folder(paths: Paths) -> Path:
-    folder = paths.work / "wandb"
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder
