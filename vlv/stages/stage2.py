@@ -1,6 +1,5 @@
 """Stage 2: train the captioner on image-caption pairs, on Stage 1's embeddings (arXiv 2507.07104)."""
 
-import itertools
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -108,8 +107,12 @@ def _loader(settings: Config, paths: Paths, captioner: Captioner) -> ShardLoader
 
 def _first(entries: list[shards.ShardEntry], samples: int) -> list[shards.ShardEntry]:
     """As many whole shards from the start as hold at least `samples` samples."""
-    before = itertools.accumulate((entry.samples for entry in entries), initial=0)
-    return [entry for entry, held in zip(entries, before, strict=False) if held < samples]
+    needed: list[shards.ShardEntry] = []
+    for entry in entries:
+        if sum(chosen.samples for chosen in needed) >= samples:
+            break
+        needed.append(entry)
+    return needed
 
 
 def _contexts(settings: Config, paths: Paths, captioner: Captioner) -> ShardCache:
