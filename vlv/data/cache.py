@@ -6,6 +6,7 @@ size), and each file carries the hash of its shard: a stale or foreign tensor is
 
 import json
 import logging
+import shutil
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -23,6 +24,7 @@ log = logging.getLogger(__name__)
 
 Compute = Callable[[torch.Tensor], Mapping[str, torch.Tensor]]
 
+_GIB = 2**30
 _POLL_SECONDS = 0.5
 _GIVE_UP_SECONDS = 3600.0  # without a new shard from any other process
 
@@ -72,15 +74,18 @@ class ShardCache:
         computes its share of the shards, then waits for the others'.
 
         Raises:
-            DataError: the others finish no shard for an hour.
+            DataError: the others finish no shard for an hour, or the disk has no room for what is missing.
         """
-        mine = [entry for entry in entries[rank::world_size] if not self._is_current(entry)]
+        missing = [entry for entry in entries if not self._is_current(entry)]
+        names = {entry.name for entry in missing}
+        mine = [entry for entry in entries[rank::world_size] if entry.name in names]
         if mine:
-            self._compute(data, mine, compute, batch_size)
+            self._compute(data, mine, compute, batch_size, sum(entry.samples for entry in missing))
         if world_size > 1:
             self._wait(entries)
 
-    def _compute(self, data: Path, entries: list[ShardEntry], compute: Compute, batch_size: int) -> None:
+    def _compute(self, data: Path, entries: list[ShardEntry], compute: Compute, batch_size: int, missing: int) -> None:
+        announced = False
         with meter(f"Caching {self.kind} of {self._split}", sum(e.samples for e in entries)) as progress:
             for entry in entries:
                 samples = shards.read_shard(data / self._split / entry.name, entry)
@@ -93,10 +98,29 @@ class ShardCache:
                     with torch.no_grad():
                         computed = compute(images.to_batch(pixels))
                     parts.append({name: t.to("cpu", torch.bfloat16) for name, t in computed.items()})
+                    if not announced:
+                        self._announce(sum(t.nbytes for t in parts[0].values()) / len(pixels), missing)
+                        announced = True
                     progress.advance(len(pixels))
                 joined = {name: torch.cat([part[name] for part in parts]).contiguous() for name in parts[0]}
                 with files.atomic_path(self._path(entry)) as temporary:
                     safetensors.torch.save_file(joined, temporary, metadata={"shard_sha256": entry.sha256})
+
+    def _announce(self, sample: float, missing: int) -> None:
+        """Say how much disk the `missing` samples of so many bytes will take, of all processes together.
+
+        Raises:
+            DataError: more than is free.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True)
+        needed, free = sample * missing / _GIB, shutil.disk_usage(self.folder).free / _GIB
+        log.info("%s of %s: %.2f GiB in %s (%.1f free)", self.kind, self._split, needed, self.folder, free)
+        if needed > free:
+            raise shards.DataError(
+                f"The {self.kind} of {missing} samples need {needed:.1f} GiB in {self.folder}; {free:.1f} are free. "
+                "Make room, set VLV_CACHE to a folder on a larger disk, or keep less (cache_latents, cache_features in "
+                "params.yaml)."
+            )
 
     def _wait(self, entries: list[ShardEntry]) -> None:
         missing, last = entries, time.monotonic()
