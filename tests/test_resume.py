@@ -28,7 +28,7 @@ def _weights(project: Path, stage: str) -> str:
     return files.sha256_file(project / "work" / stage / "model" / "model.safetensors")
 
 
-def _kill_after(project: Path, stage: str, lines: int) -> bool:
+def kill_after(project: Path, stage: str, lines: int) -> bool:
     """Start the stage and kill -9 it once its curve has so many lines; False if it was too fast."""
     process = subprocess.Popen(
         projects.python("-m", "vlv", "run", stage), cwd=project, env=projects.environment(),
@@ -51,7 +51,7 @@ def test_killed_anywhere_and_run_again_gives_the_same_bytes(uninterrupted: Path,
     shutil.rmtree(project / "work" / stage)
     # Where it is killed differs from run to run, as in life; the curve grows, so each kill is further on.
     kills = sorted(random.sample(range(1, 6), KILLS))
-    killed = [_kill_after(project, stage, lines) for lines in kills]
+    killed = [kill_after(project, stage, lines) for lines in kills]
     assert all(killed), f"of the kills after {kills} lines of the curve only {killed} came in time"
     assert not (project / "work" / stage / "model").exists(), "it had finished before the last kill"
     done = projects.run(projects.python("-m", "vlv", "run", stage), project)

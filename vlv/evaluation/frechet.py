@@ -17,12 +17,12 @@ from vlv.progress import meter
 log = logging.getLogger(__name__)
 
 
-def load_network(path: Path) -> nn.Module:
-    """The Inception network as TorchScript: (B, 3, 299, 299) in [-1, 1) -> features (B, 2048).
+def load_network(path: Path, device: torch.device | None = None) -> nn.Module:
+    """The Inception network as TorchScript, on `device` (CPU): (B, 3, 299, 299) in [-1, 1) -> features (B, 2048).
 
     TorchScript is compiled code, not a pickle; the file's wheel is checked by its hash before it is opened.
     """
-    network: nn.Module = torch.jit.load(str(path), map_location="cpu")  # type: ignore[no-untyped-call]
+    network: nn.Module = torch.jit.load(str(path), map_location=device or "cpu")  # type: ignore[no-untyped-call]
     return network.eval()
 
 
@@ -30,12 +30,13 @@ def load_network(path: Path) -> nn.Module:
 def features(network: nn.Module, pictures: Sequence[Pixels], batch_size: int = 25) -> torch.Tensor:
     """Features (N, 2048) float64 of (H, W, 3) uint8 pictures."""
     parts = []
+    device = next(network.parameters()).device
     with meter("Inception features", len(pictures)) as progress:
         for i in range(0, len(pictures), batch_size):
-            batch = images.to_batch(pictures[i : i + batch_size])
+            batch = images.to_batch(pictures[i : i + batch_size]).to(device)
             # The network's own input, as in the original: bilinear to 299 pixels, then (x - 128) / 128.
             resized = F.interpolate(batch.float(), (299, 299), mode="bilinear", align_corners=False)
-            parts.append(network((resized - 128) / 128).flatten(1).double())
+            parts.append(network((resized - 128) / 128).flatten(1).cpu().double())
             progress.advance(len(batch))
     return torch.cat(parts)
 

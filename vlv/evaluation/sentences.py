@@ -12,9 +12,9 @@ from transformers import AutoModel, AutoTokenizer
 class SentenceModel:
     """A sentence-transformers model with mean pooling (Reimers and Gurevych 2019), such as all-MiniLM-L6-v2."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, device: torch.device | None = None) -> None:
         self._tokenizer = AutoTokenizer.from_pretrained(folder)
-        self._model: Any = AutoModel.from_pretrained(folder, use_safetensors=True).eval()
+        self._model: Any = AutoModel.from_pretrained(folder, use_safetensors=True).eval().to(device or "cpu")
 
     @torch.no_grad()
     def embed(self, sentences: Sequence[str], batch_size: int = 64) -> torch.Tensor:
@@ -23,9 +23,10 @@ class SentenceModel:
         for i in range(0, len(sentences), batch_size):
             chosen = list(sentences[i : i + batch_size])
             inputs = self._tokenizer(chosen, padding=True, truncation=True, max_length=256, return_tensors="pt")
+            inputs = inputs.to(self._model.device)
             states = self._model(**inputs).last_hidden_state
             mask = inputs["attention_mask"][..., None].to(states.dtype)
-            parts.append(F.normalize((states * mask).sum(1) / mask.sum(1), dim=-1))
+            parts.append(F.normalize((states * mask).sum(1) / mask.sum(1), dim=-1).cpu())
         return torch.cat(parts)
 
 

@@ -15,6 +15,7 @@ from vlv.evaluation.reconstruct import psnr
 from vlv.evaluation.scenes import score
 from vlv.evaluation.sentences import SentenceModel, similarity
 from vlv.images import Pixels
+from vlv.models import device
 from vlv.models.autoencoder import Autoencoder
 from vlv.models.captioner import Captioner
 from vlv.models.recogniser import SceneRecogniser
@@ -43,17 +44,16 @@ def run(settings: Config, paths: Paths) -> dict[str, Any]:
     """Write metrics/evaluate.json, plots/evaluate*.png and work/evaluate/."""
     with tracking.start_run(paths, "evaluate", system_metrics=False) as run_:
         test = read_test_set(settings, paths)
-        autoencoder = Autoencoder.load(paths.work / "stage1" / "model", paths)
-        captioner = Captioner.load(paths.work / "stage2" / "model", paths)
         result: dict[str, Any] = {"profile": settings.profile, "evaluation_set": _set_hash(test, settings)}
-        written = _captions(captioner, test, settings)
+        written = _captions(Captioner.load(paths.work / "stage2" / "model", paths), test, settings)
         if test.scenes:
             result["scenes"] = _score_captions(settings, paths, written, test)
         true = [caption for caption in test.captions if caption]
         if settings.evaluate.sentence_model and len(true) == len(written):
-            sentences = SentenceModel(assets.resolve(settings.evaluate.sentence_model, paths))
+            network = assets.resolve(settings.evaluate.sentence_model, paths)
+            sentences = SentenceModel(network, device.for_inference())
             result["captions"] = similarity(sentences, written, true)
-        result["reconstruction"], drawn = _reconstructions(settings, paths, autoencoder, test)
+        result["reconstruction"], drawn = _reconstructions(settings, paths, test)
         files.write_json(paths.metrics / "evaluate.json", result)
         _write_pictures(settings, paths, test, written, drawn)
         for path in sorted(paths.plots.glob("evaluate*.png")):
@@ -89,6 +89,7 @@ def _set_hash(test: TestSet, settings: Config) -> str:
 
 def _captions(captioner: Captioner, test: TestSet, settings: Config) -> list[str]:
     size = settings.evaluate.batch_size
+    captioner.to(device.for_inference())
     written: list[str] = []
     with meter("Captions", len(test.pixels)) as progress:
         for i in range(0, len(test.pixels), size):
@@ -116,7 +117,7 @@ def _score_captions(settings: Config, paths: Paths, written: list[str], test: Te
 
 def _write_without_image(settings: Config, paths: Paths, count: int) -> list[str]:
     """Captions that the pretrained language model samples by itself."""
-    alone = Captioner.build(settings, paths).eval()
+    alone = Captioner.build(settings, paths).eval().to(device.for_inference())
     torch.manual_seed(settings.evaluate.seed)
     written: list[str] = []
     while len(written) < count:
@@ -132,7 +133,7 @@ def _untrained_floor(settings: Config, paths: Paths, test: TestSet) -> dict[str,
     )
     folder = paths.work / "evaluate" / f"untrained-{fingerprint[:12]}"
     captioner, _ = stage2.train_captioner(
-        settings, paths, untrained, folder, fingerprint, lambda step, values: None, "Floor: untrained Stage 1"
+        settings, paths, untrained.encoder, folder, fingerprint, lambda step, values: None, "Floor: untrained Stage 1"
     )
     written = _captions(captioner, test, settings)
     return score([scenes.read_caption(text) for text in written], test.scenes).to_json()
@@ -141,11 +142,10 @@ def _untrained_floor(settings: Config, paths: Paths, test: TestSet) -> dict[str,
 # -- reconstructions -----------------------------------------------------------------------------------
 
 
-def _reconstructions(
-    settings: Config, paths: Paths, model: Autoencoder, test: TestSet
-) -> tuple[dict[str, Any], dict[str, list[Pixels]]]:
+def _reconstructions(settings: Config, paths: Paths, test: TestSet) -> tuple[dict[str, Any], dict[str, list[Pixels]]]:
     """Figures, and the drawn pictures by name."""
     e = settings.evaluate
+    model = Autoencoder.load(paths.work / "stage1" / "model", paths).to(device.for_inference())
     count = min(e.reconstructions, len(test.pixels))
     size = settings.decoder.image_size
     true = [images.resize_crop(p, size) for p in test.pixels[:count]]
@@ -181,7 +181,7 @@ def _measure(
         judge = SceneRecogniser.load(assets.resolve(e.recogniser, paths))
     network = real = None
     if e.feature_network and len(true) > 1:
-        network = frechet.load_network(assets.resolve(e.feature_network, paths))
+        network = frechet.load_network(assets.resolve(e.feature_network, paths), device.for_inference())
         real = frechet.features(network, true)
 
     def measure(pictures: list[Pixels], against: list[Pixels], scenes_: Sequence[Scene]) -> dict[str, Any]:

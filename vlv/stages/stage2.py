@@ -1,5 +1,6 @@
 """Stage 2: train the captioner on image-caption pairs, on Stage 1's embeddings (arXiv 2507.07104)."""
 
+import copy
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -10,9 +11,11 @@ from vlv.config import Config, Paths
 from vlv.data import shards, text
 from vlv.data.cache import Compute, ShardCache
 from vlv.data.loader import Grouping, ShardLoader
+from vlv.data.prefetch import prefetched
 from vlv.evaluation import report
 from vlv.models.autoencoder import Autoencoder
 from vlv.models.captioner import Captioner, Stage2Batch
+from vlv.models.encoder import CaptionEncoder
 from vlv.stages import lineage
 from vlv.stages.record import Record, training_record
 from vlv.training import loop, parallel, runtime
@@ -23,7 +26,7 @@ _SECTIONS = ["data", "encoder", "decoder", "stage1", "language_model", "stage2"]
 
 def run(settings: Config, paths: Paths) -> dict[str, Any]:
     """Train on the training pairs."""
-    trained = Autoencoder.load(paths.work / "stage1" / "model", paths)
+    trained = Autoencoder.load(paths.work / "stage1" / "model", paths).encoder  # its decoder takes no part
     fingerprint = lineage.fingerprint(settings, paths, _SECTIONS)
     record = Record("stage2", paths, fingerprint)
     with training_record(record, settings, settings.stage2) as on_log:
@@ -37,17 +40,17 @@ def run(settings: Config, paths: Paths) -> dict[str, Any]:
 def train_captioner(
     settings: Config,
     paths: Paths,
-    autoencoder: Autoencoder,
+    encoder: CaptionEncoder,
     folder: Path,
     fingerprint: str,
     on_log: Callable[[int, dict[str, float]], None],
     title: str,
 ) -> tuple[Captioner, int]:
-    """Stage 2 on the given auto-encoder, in `folder`; returns the captioner and how many captions were cut."""
+    """Stage 2 on an encoder as Stage 1 left it, in `folder`; returns the captioner and how many captions were cut."""
     s = settings.stage2
     device = runtime.join(settings.compute.patience_minutes)
     captioner = Captioner.build(settings, paths)
-    captioner.encoder.load_state_dict(autoencoder.encoder.state_dict())
+    captioner.encoder.load_state_dict(encoder.state_dict())
     captioner.set_learning(s.learn, settings.stage1.learn)
     captioner.to(device)
     loader = _loader(settings, paths, captioner)
@@ -55,7 +58,7 @@ def train_captioner(
 
     def batches(step: int) -> Iterator[Stage2Batch]:
         nonlocal cut
-        for batch in loader.batches(step * s.accumulation):
+        for batch in prefetched(loader.batches(step * s.accumulation), device):
             if any(caption is None for caption in batch.captions):
                 key = batch.keys[batch.captions.index(None)]
                 raise shards.DataError(f"Sample {key} has no caption; Stage 2 needs one for each image.")
@@ -95,8 +98,10 @@ def _loader(settings: Config, paths: Paths, captioner: Captioner) -> ShardLoader
     if not frozen and s.cache_features:
         kept = filled(_features(settings, paths), lambda x: {"features": captioner.encoder.features(x)}, entries)
 
+    tokenizer = copy.deepcopy(captioner.tokenizer)  # batches may be fetched in another thread
+
     def length(caption: str | None) -> int:
-        return len(text.tokenize(captioner.tokenizer, [caption or ""], s.max_caption_tokens).ids[0])
+        return len(text.tokenize(tokenizer, [caption or ""], s.max_caption_tokens).ids[0])
 
     return ShardLoader(
         paths.data, "train", runtime.share(s, s.batch_size) * world, seed=s.seed, rank=rank, world_size=world,

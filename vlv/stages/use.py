@@ -9,6 +9,7 @@ from pathlib import Path
 from vlv import config, files, images, registry
 from vlv.config import Paths
 from vlv.evaluation.reconstruct import psnr
+from vlv.models import device
 from vlv.models.autoencoder import Autoencoder
 from vlv.models.captioner import Captioner
 from vlv.progress import meter
@@ -82,7 +83,7 @@ def caption_folder(paths: Paths, folder: Path, output: Path, model: str | None =
     """
     found = find_images(folder)
     root = folder if folder.is_dir() else folder.parent
-    captioner = Captioner.load(model_folder(paths, model, "stage2"), paths)
+    captioner = Captioner.load(model_folder(paths, model, "stage2"), paths).to(device.for_inference())
     partial = output.with_name(output.name + ".partial")
     done: dict[str, str] = {row["image"]: row["caption"] for row in files.read_json_lines(partial)}
     todo = [path for path in found if path.relative_to(root).as_posix() not in done]
@@ -129,7 +130,7 @@ def reconstruct_folder(
     """
     found = find_images(folder)
     root = folder if folder.is_dir() else folder.parent
-    autoencoder = Autoencoder.load(model_folder(paths, model, "stage1"), paths)
+    autoencoder = Autoencoder.load(model_folder(paths, model, "stage1"), paths).to(device.for_inference())
     side = size or autoencoder.decoder.image_size
     report = Report()
     figures: dict[str, float] = {}
