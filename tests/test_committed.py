@@ -6,6 +6,7 @@ from pathlib import Path
 
 import yaml
 
+from benchmarks import steps
 from flows import report
 from vlv import config
 from vlv.config import Paths
@@ -57,3 +58,8 @@ def test_readme_shows_the_controls_figures() -> None:
         figures = [captions["object_recall"], captions["exact_match"], drawn["object_recall"]]
         row = " | ".join([*(f"{figure:.3f}" for figure in figures), f"{drawn['psnr']:.2f}"])
         assert f"| {row} |" in _committed("README.md"), folder
+
+
+def test_the_benchmarks_page_shows_what_was_measured() -> None:
+    measured = json.loads(_committed("benchmarks/steps.json"))["pairs"]
+    assert steps.table(measured) in _committed("benchmarks/README.md")

@@ -1,0 +1,1 @@
+"""What choices of the code are worth in time, each beside its control."""
