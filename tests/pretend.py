@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
+from torch import library
 from torch.utils._python_dispatch import return_and_correct_aliasing
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.backend_registration import _DummyBackendModule, _setup_privateuseone_for_python_backend
@@ -76,11 +77,11 @@ class _Backend(_DummyBackendModule):
         return [torch.bfloat16]
 
 
-def install() -> list[torch.library.Library]:
+def install() -> list[library.Library]:
     """From now on torch has this accelerator, as long as what is returned lives."""
     _setup_privateuseone_for_python_backend(NAME, _Backend())
     torch.__future__.set_swap_module_params_on_conversion(True)  # or what is tied would come apart on its way here
-    kernels, autocast = torch.library.Library("aten", "IMPL"), torch.library.Library("_", "IMPL", "AutocastPrivateUse1")
+    kernels, autocast = library.Library("aten", "IMPL"), library.Library("_", "IMPL", "AutocastPrivateUse1")
 
     def empty(size: Sequence[int], *, dtype: Any = None, memory_format: Any = None, **_: Any) -> torch.Tensor:
         return _Tensor(torch.empty(size, dtype=dtype, memory_format=memory_format or torch.contiguous_format))
@@ -95,7 +96,7 @@ def install() -> list[torch.library.Library]:
     kernels.impl("empty.memory_format", empty, "PrivateUse1")
     kernels.impl("empty_strided", empty_strided, "PrivateUse1")
     kernels.impl("_copy_from", copy_from, "PrivateUse1")
-    autocast.fallback(torch.library.fallthrough_kernel)  # float32 stays float32
+    autocast.fallback(library.fallthrough_kernel)  # float32 stays float32
     return [kernels, autocast]
 
 

@@ -42,7 +42,7 @@ def repositories(tmp_path: Path) -> Path:
     files.write_json(model / "config.json", {})
     for name in ("model-00001-of-00002", "model-00002-of-00002", "model.fp16"):
         files.write_bytes(model / f"{name}.safetensors", name.encode())
-    files.write_bytes(model / "pytorch_model.bin", b"a pickle")
+    files.write_bytes(model / "pytorch_model.bin", b"the same once more")
     return tmp_path / "hub"
 
 

