@@ -225,6 +225,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=15, help="of each pair (default 15)")
     parser.add_argument("--output", type=Path, help="JSON file of the figures")
     arguments = parser.parse_args()
+    if arguments.rounds < 1:
+        parser.error("--rounds: at least 1")
     paths = Paths.find()
     settings = config.load(paths)
     pairs = stage1(settings, paths) + stage2(settings, paths)

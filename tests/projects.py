@@ -5,9 +5,12 @@ import re
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import yaml
+
+from vlv import files
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 
@@ -120,3 +123,19 @@ def smoke(folder: Path, sprites: Path) -> Path:
     (folder / "params.yaml").write_text(text, encoding="utf-8")
     commit(folder, "smoke")
     return folder
+
+
+def kill_after(project: Path, stage: str, lines: int) -> bool:
+    """Start the stage and kill -9 it once its curve has so many lines; False if it was too fast."""
+    process = subprocess.Popen(
+        python("-m", "vlv", "run", stage), cwd=project, env=environment(),
+        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    while process.poll() is None:
+        curves = list((project / "work" / stage).glob("training-*/curve.jsonl"))
+        if curves and len(files.read_json_lines(curves[0])) >= lines:
+            process.kill()
+            process.wait()
+            return True
+        time.sleep(0.005)
+    return False

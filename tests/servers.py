@@ -3,19 +3,15 @@
 import json
 import socket
 import subprocess
-import threading
 import time
-import urllib.parse
 import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import psutil
 
 from tests import projects
-from vlv import files
 
 PATIENCE = 400.0  # seconds, for what takes a few on a quiet machine
 
@@ -93,67 +89,3 @@ def _process(command: list[str], home: Path, **env: str) -> Iterator[None]:
         finally:
             process.terminate()
             process.wait(60)
-
-
-class _Hub(BaseHTTPRequestHandler):
-    """The part of the Hugging Face hub's HTTP interface that a download asks for; files from `folder`/OWNER/NAME."""
-
-    folder: Path
-    served: list[str]
-    commit = "0123456789abcdef0123456789abcdef01234567"
-
-    def do_GET(self) -> None:
-        self._answer(body=True)
-
-    def do_HEAD(self) -> None:
-        self._answer(body=False)
-
-    def _answer(self, body: bool) -> None:
-        parts = [part for part in urllib.parse.urlsplit(self.path).path.split("/") if part]
-        if parts[0] == "api":
-            repository, rest = self.folder.joinpath(*parts[2:4]), parts[4:]
-        else:
-            repository, rest = self.folder.joinpath(*parts[:2]), parts[2:]
-        headers = {"X-Repo-Commit": self.commit}
-        if not repository.is_dir():
-            return self._send(404, b"{}", headers | {"X-Error-Code": "RepoNotFound"}, body)
-        if rest[0] == "resolve":
-            file = repository.joinpath(*rest[2:])
-            content = file.read_bytes()
-            if body:
-                self.served.append(file.relative_to(repository).as_posix())
-            return self._send(200, content, headers | {"ETag": f'"{files.sha256_bytes(content)}"'}, body)
-        listed = [path for path in sorted(repository.rglob("*")) if path.is_file()]
-        tree = [
-            {"type": "file", "path": path.relative_to(repository).as_posix(), "size": path.stat().st_size, "oid": "0"}
-            for path in listed
-        ]
-        answer: object = tree if rest[0] == "tree" else {"id": "/".join(parts[2:4]), "sha": self.commit, "siblings": []}
-        return self._send(200, json.dumps(answer).encode(), headers, body)
-
-    def _send(self, status: int, content: bytes, headers: dict[str, str], body: bool) -> None:
-        self.send_response(status)
-        for name, value in {**headers, "Content-Length": str(len(content))}.items():
-            self.send_header(name, value)
-        self.end_headers()
-        if body:
-            self.wfile.write(content)
-
-    def log_message(self, format: str, *args: object) -> None:
-        pass
-
-
-@contextmanager
-def hub(folder: Path) -> Iterator[tuple[str, list[str]]]:
-    """Yields the address and the names of the files that were downloaded, in their order."""
-    served: list[str] = []
-    handler = type("_HubOf", (_Hub,), {"folder": folder, "served": served})
-    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
-    thread.start()
-    try:
-        yield f"http://127.0.0.1:{server.server_address[1]}", served
-    finally:
-        server.shutdown()
-        server.server_close()
-        thread.join()

@@ -11,7 +11,6 @@ import pytest
 import yaml
 
 from tests import projects
-from tests.test_resume import kill_after
 from vlv import files
 
 PRETEND = Path(__file__).with_name("pretend.py")
@@ -47,7 +46,7 @@ def test_begun_on_a_cpu_it_goes_on_to_the_end_on_the_accelerator(tmp_path: Path,
     (cpu / "params.yaml").write_text(yaml.safe_dump(settings), encoding="utf-8")
     _succeeds(projects.python("-m", "vlv", "data", "download"), cpu)
     shutil.copytree(cpu, other, symlinks=True)
-    assert kill_after(other, "stage1", lines=2)  # four steps: after the checkpoint of the second
+    assert projects.kill_after(other, "stage1", lines=2)  # four steps: after the checkpoint of the second
     stages = "import pathlib, vlv.config, vlv.stages as s; paths = vlv.config.Paths(pathlib.Path.cwd())"
     _succeeds(projects.python("-c", "; ".join([stages, *(f"s.run('{stage}', paths)" for stage in STAGES)])), cpu)
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from tests import projects, servers
+from tests import hub_server, projects
 from tests.small_models import save, sdxl
 from vlv import files
 
@@ -53,7 +53,7 @@ def _resolve(tmp_path: Path, address: str, *references: str) -> list[str]:
 
 
 def test_only_what_is_loaded_is_downloaded_and_once(repositories: Path, tmp_path: Path) -> None:
-    with servers.hub(repositories) as (address, served):
+    with hub_server.serve(repositories) as (address, served):
         pipeline, model = _resolve(tmp_path, address, "hf:owner/pipeline", "hf:owner/model@main")
         assert sorted(name for name in served if name.endswith((".safetensors", ".bin"))) == [
             "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors",

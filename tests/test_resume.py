@@ -2,8 +2,6 @@
 
 import random
 import shutil
-import subprocess
-import time
 from pathlib import Path
 
 import pytest
@@ -28,22 +26,6 @@ def _weights(project: Path, stage: str) -> str:
     return files.sha256_file(project / "work" / stage / "model" / "model.safetensors")
 
 
-def kill_after(project: Path, stage: str, lines: int) -> bool:
-    """Start the stage and kill -9 it once its curve has so many lines; False if it was too fast."""
-    process = subprocess.Popen(
-        projects.python("-m", "vlv", "run", stage), cwd=project, env=projects.environment(),
-        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-    )  # fmt: skip
-    while process.poll() is None:
-        curves = list((project / "work" / stage).glob("training-*/curve.jsonl"))
-        if curves and len(files.read_json_lines(curves[0])) >= lines:
-            process.kill()
-            process.wait()
-            return True
-        time.sleep(0.005)
-    return False
-
-
 @pytest.mark.parametrize("stage", ["stage1", "stage2"])
 def test_killed_anywhere_and_run_again_gives_the_same_bytes(uninterrupted: Path, tmp_path: Path, stage: str) -> None:
     project = tmp_path / "project"
@@ -51,7 +33,7 @@ def test_killed_anywhere_and_run_again_gives_the_same_bytes(uninterrupted: Path,
     shutil.rmtree(project / "work" / stage)
     # Where it is killed differs from run to run, as in life; the curve grows, so each kill is further on.
     kills = sorted(random.sample(range(1, 6), KILLS))
-    killed = [kill_after(project, stage, lines) for lines in kills]
+    killed = [projects.kill_after(project, stage, lines) for lines in kills]
     assert all(killed), f"of the kills after {kills} lines of the curve only {killed} came in time"
     assert not (project / "work" / stage / "model").exists(), "it had finished before the last kill"
     done = projects.run(projects.python("-m", "vlv", "run", stage), project)

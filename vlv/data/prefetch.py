@@ -22,11 +22,11 @@ def prefetched(items: Iterator[T], device: torch.device) -> Iterator[T]:
         yield from items
         return
     end = object()
-    with ThreadPoolExecutor(1, "prefetch") as thread:
+    thread = ThreadPoolExecutor(1, "prefetch")
+    try:
         waiting = deque(thread.submit(next, items, end) for _ in range(_AHEAD))
-        try:
-            while (item := waiting.popleft().result()) is not end:
-                waiting.append(thread.submit(next, items, end))
-                yield item  # type: ignore[misc]  # not `end`
-        finally:
-            thread.shutdown(wait=False, cancel_futures=True)
+        while (item := waiting.popleft().result()) is not end:
+            waiting.append(thread.submit(next, items, end))
+            yield item  # type: ignore[misc]  # not `end`
+    finally:
+        thread.shutdown(cancel_futures=True)
