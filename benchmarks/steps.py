@@ -21,6 +21,7 @@ from vlv import config, files
 from vlv.config import Config, Paths
 from vlv.data import text
 from vlv.data.loader import Batch, Grouping, ShardLoader
+from vlv.data.shards import DataError
 from vlv.models import device
 from vlv.models.autoencoder import Autoencoder, Stage1Batch
 from vlv.models.captioner import IGNORED, Captioner, Stage2Batch
@@ -229,7 +230,10 @@ def main() -> None:
         parser.error("--rounds: at least 1")
     paths = Paths.find()
     settings = config.load(paths)
-    pairs = stage1(settings, paths) + stage2(settings, paths)
+    try:
+        pairs = stage1(settings, paths) + stage2(settings, paths)
+    except DataError as error:
+        parser.error(str(error))
     measured = []
     with meter("Measuring", len(pairs)) as progress:
         for pair in pairs:
