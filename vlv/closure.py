@@ -87,16 +87,12 @@ class _Cleaner(ast.NodeTransformer):
     def visit_Expr(self, node: ast.Expr) -> ast.AST | None:
         if isinstance(node.value, ast.Constant):  # a docstring
             return ast.Pass()
-        call = node.value
-        if (
-            isinstance(call, ast.Call)
-            and isinstance(call.func, ast.Attribute)
-            and isinstance(call.func.value, ast.Name)
-        ):
-            # Unless a call in it does something besides.
-            works = any(isinstance(one, ast.Call) for argument in call.args for one in ast.walk(argument))
-            if call.func.value.id in _LOGGERS and call.func.attr in _LEVELS and not works:
-                return ast.Pass()
+        match node.value:
+            case ast.Call(func=ast.Attribute(value=ast.Name(id=name), attr=level), args=arguments):
+                # Unless a call in it does something besides.
+                works = any(isinstance(one, ast.Call) for argument in arguments for one in ast.walk(argument))
+                if name in _LOGGERS and level in _LEVELS and not works:
+                    return ast.Pass()
         return self.generic_visit(node)
 
     def visit_ImportFrom(self, node: ast.ImportFrom) -> ast.AST:
@@ -114,6 +110,8 @@ class Sources:
     def __init__(self, package: Path = PACKAGE) -> None:
         self._package = package
         self._modules: dict[str, _Module | None] = {}
+        self._names: dict[Symbol, _Names] = {}
+        self._texts: dict[Symbol, str] = {}
 
     def reached(self, roots: Iterable[str]) -> dict[str, str]:
         """Modules with code that `roots` ("module:name", name may be "Class.method") reach -> hash of that code.
@@ -134,8 +132,9 @@ class Sources:
     def _hash(self, symbols: list[Symbol]) -> str:
         digest = hashlib.sha256()
         for symbol in symbols:
-            for node in self.nodes(symbol):
-                digest.update(f"{symbol.name}\0{_text(_cleaned(node))}\n".encode())
+            if symbol not in self._texts:
+                self._texts[symbol] = "\n".join(_text(_cleaned(node)) for node in self.nodes(symbol))
+            digest.update(f"{symbol.name}\0{self._texts[symbol]}\n".encode())
         return digest.hexdigest()[:16]
 
     def module(self, name: str) -> _Module | None:
@@ -151,6 +150,14 @@ class Sources:
             return None
         base = self._package.joinpath(*rest)
         return next((p for p in (base / "__init__.py", base.with_suffix(".py")) if rest and p.is_file()), None)
+
+    def names(self, symbol: Symbol) -> "_Names":
+        """The names in the code of a symbol."""
+        if symbol not in self._names:
+            module = self.module(symbol.module)
+            assert module is not None
+            self._names[symbol] = _names(self.nodes(symbol), module)
+        return self._names[symbol]
 
     def nodes(self, symbol: Symbol) -> list[ast.stmt]:
         """The statements of a symbol: a class without its methods, a method, a function, a constant.
@@ -237,6 +244,37 @@ def _text(node: ast.AST) -> str:
     return f"{type(node).__name__}({';'.join(fields)})"
 
 
+@dataclass
+class _Names:
+    """What some code names: definitions of its own module, imported things, and whatever follows a dot."""
+
+    local: set[str] = field(default_factory=set)
+    imported: set[str] = field(default_factory=set)
+    attributes: set[str] = field(default_factory=set)
+
+
+def _names(nodes: list[ast.stmt], module: _Module) -> _Names:
+    imports = dict(module.imports)
+    for node in nodes:
+        for inner in ast.walk(node):
+            if isinstance(inner, ast.Import | ast.ImportFrom):
+                imports |= dict(_imported(inner))
+    names = _Names()
+    for inner in (inner for node in nodes for inner in ast.walk(_cleaned(node))):
+        match inner:
+            case ast.Attribute(value=value, attr=attribute):
+                names.attributes.add(attribute)
+                if isinstance(value, ast.Name) and value.id in imports:
+                    names.imported.add(f"{imports[value.id]}.{attribute}")
+            case ast.Name(id=name) if name in module.definitions:
+                names.local.add(name)
+            case ast.Name(id=name) if name in imports:
+                names.imported.add(imports[name])
+            case ast.Call(func=ast.Name(id="getattr"), args=[_, ast.Constant(value=str(attribute)), *_]):
+                names.attributes.add(attribute)
+    return names
+
+
 class _Walk:
     """One search from some roots."""
 
@@ -267,35 +305,18 @@ class _Walk:
             self._reach(Symbol(symbol.module, ""))
 
     def _follow(self, symbol: Symbol) -> None:
+        names = self._sources.names(symbol)
+        for name in names.attributes:
+            self._use(name)
+        for local in names.local:
+            self._reach(Symbol(symbol.module, local))
+        for dotted in names.imported:
+            self._dotted(dotted)
         module = self._sources.module(symbol.module)
         assert module is not None
-        nodes = self._sources.nodes(symbol)
-        imports = dict(module.imports)
-        for node in nodes:
-            for inner in ast.walk(node):
-                if isinstance(inner, ast.Import | ast.ImportFrom):
-                    imports |= dict(_imported(inner))
-        for node in nodes:
-            self._names(_cleaned(node), module, imports)
         for node in module.definitions.get(symbol.name, []):
             if isinstance(node, ast.ClassDef):
                 self._class(symbol, node, module)
-
-    def _names(self, node: ast.AST, module: _Module, imports: dict[str, str]) -> None:
-        for inner in ast.walk(node):
-            if isinstance(inner, ast.Attribute):
-                self._use(inner.attr)
-                if isinstance(inner.value, ast.Name) and inner.value.id in imports:
-                    self._dotted(f"{imports[inner.value.id]}.{inner.attr}")
-            elif isinstance(inner, ast.Name):
-                if inner.id in module.definitions:
-                    self._reach(Symbol(module.name, inner.id))
-                elif inner.id in imports:
-                    self._dotted(imports[inner.id])
-            elif isinstance(inner, ast.Call) and ast.unparse(inner.func) == "getattr":
-                for argument in inner.args[1:2]:
-                    if isinstance(argument, ast.Constant):
-                        self._use(str(argument.value))
 
     def _use(self, name: str) -> None:
         if name not in self._used:
@@ -308,17 +329,14 @@ class _Walk:
         parent, _, name = dotted.rpartition(".")
         if dotted.startswith(NEUTRAL) or not dotted.startswith("vlv."):
             return
-        if self._sources.module(dotted) is not None:
-            self._reach(Symbol(dotted, ""))  # a module; its members are reached where they are named
-            return
         module = self._sources.module(parent)
-        if module is None:
-            return
-        if name in module.definitions:
+        if module is not None and name in module.definitions:
             self._reach(Symbol(parent, name))
-        elif name in module.imports and module.imports[name] != dotted:
+        elif module is not None and module.imports.get(name, dotted) != dotted:
             self._reach(Symbol(parent, ""))
             self._dotted(module.imports[name])
+        elif self._sources.module(dotted) is not None:
+            self._reach(Symbol(dotted, ""))  # a module; its members are reached where they are named
 
     def _class(self, owner: Symbol, node: ast.ClassDef, module: _Module) -> None:
         """Let the methods of a reached class wait for their names, or reach those that something else may call."""

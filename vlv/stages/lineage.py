@@ -28,31 +28,35 @@ def decoder_code(section: config.Decoder) -> list[str]:
     return [f"vlv.models.{side}.{section.kind}:build" for side in ("conditioners", "decoders")]
 
 
+def roots(stage: str, settings: Config) -> list[str]:
+    """The functions that a stage's code begins with, for `closure`."""
+    found = [f"vlv.stages.{stage}:run"]
+    if stage != "validate":
+        found += decoder_code(settings.decoder)
+    return [*found, *_SERVED] if stage == "register" else found
+
+
 def inputs(stage: str, settings: Config, paths: Paths) -> dict[str, Any]:
     """What decides a stage's result besides its data: its code by module, its settings, its pretrained parts.
 
     Raises:
         AssetError: a part that is not there.
     """
-    roots = [f"vlv.stages.{stage}:run"]
-    if stage != "validate":
-        roots += decoder_code(settings.decoder)
-    if stage == "register":
-        roots += _SERVED
     dump = settings.model_dump(mode="json", by_alias=True)
     return {
-        "code": closure.sources().reached(roots),
+        "code": closure.sources().reached(roots(stage, settings)),
         "settings": {key: _setting(dump, key) for key in SETTINGS[stage]},
         "parts": _parts(stage, settings, paths),
     }
 
 
 def _parts(stage: str, settings: Config, paths: Paths) -> dict[str, str]:
-    parts = {
-        name: identity(getattr(settings, name), paths)
-        for name in ("encoder", "decoder", "language_model")
-        if name in SETTINGS[stage]
+    sections: dict[str, config.Encoder | config.Decoder | config.LanguageModel] = {
+        "encoder": settings.encoder,
+        "decoder": settings.decoder,
+        "language_model": settings.language_model,
     }
+    parts = {name: identity(section, paths) for name, section in sections.items() if name in SETTINGS[stage]}
     if stage == "evaluate" and settings.evaluate.recogniser:
         parts["recogniser"] = assets.content(settings.evaluate.recogniser, paths)
     return parts
