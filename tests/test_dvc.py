@@ -56,7 +56,7 @@ def test_a_stage2_parameter_runs_stage2_and_what_follows(project: Path) -> None:
     params.write_text(params.read_text().replace(before, after))
     model = {path: path.read_bytes() for path in (project / "work" / "stage1" / "model").iterdir() if path.is_file()}
     done = _dvc(project, "repro")
-    assert _ran(done.stdout) == ["stage2", "evaluate", "register"]
+    assert _ran(done.stdout) == ["inputs", "stage2", "evaluate", "register"]
     assert model and all(path.read_bytes() == content for path, content in model.items())
     # what changed, in DVC's own words
     assert json.loads(_dvc(project, "params", "diff", "--json").stdout) == {
@@ -67,6 +67,20 @@ def test_a_stage2_parameter_runs_stage2_and_what_follows(project: Path) -> None:
     shown = _dvc(project, "plots", "show", "--out", "shown").stdout
     page = (project / "shown" / "index.html").read_text(encoding="utf-8")
     assert "index.html" in shown and "Stage 1: denoising loss" in page and "evaluate_grid" in page
+
+
+def test_code_that_decides_a_number_runs_its_stage_on_new_caches_and_a_comment_runs_nothing(project: Path) -> None:
+    decoder = project / "vlv" / "models" / "decoders" / "base.py"
+    decoder.write_text(decoder.read_text() + "\n# a comment\n")
+    assert _ran(_dvc(project, "repro").stdout) == ["inputs"]
+    weights, cached = project / "work/stage1/model/model.safetensors", project / ".cache"
+    before, latents = weights.read_bytes(), set(cached.glob("latents-*"))
+    old, new = "posterior.std * scale", "posterior.std * scale * 3.0"
+    assert decoder.read_text().count(old) == 1
+    decoder.write_text(decoder.read_text().replace(old, new))
+    assert _ran(_dvc(project, "repro", "stage1").stdout) == ["inputs", "stage1"]
+    assert weights.read_bytes() != before
+    assert len(set(cached.glob("latents-*")) - latents) == 1
 
 
 def test_a_fresh_clone_makes_the_pinned_data_without_a_remote(finished: Path, tmp_path: Path) -> None:
