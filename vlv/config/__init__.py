@@ -50,6 +50,16 @@ class Config(Section):
                 "stage2.cache_features is for stage2.learn mlp+llm+encoder with a frozen vision tower (stage1.learn "
                 "not all): a frozen encoder's context is cached anyway, a learning tower has nothing to keep"
             )
+        if self.encoder.drop_path and (self.stage1.cache_features or self.stage2.cache_features):
+            raise ValueError(
+                "encoder.drop_path changes the vision tower's features in each step: set stage1.cache_features and "
+                "stage2.cache_features to false"
+            )
+        if self.stage2.learn == "mlp+llm+encoder" and not self.stage2.queries_learn and self.stage1.learn == "queries_only":
+            raise ValueError(
+                "with stage1.learn queries_only and stage2.queries_learn false nothing of the encoder learns in Stage 2: "
+                "set stage2.learn to mlp+llm"
+            )
         return self
 
 

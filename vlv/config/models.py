@@ -23,6 +23,22 @@ class Encoder(Section):
         description="normalise the projection and start it at the text side's per-position mean and spread"
     )
     start_gain: Annotated[float, Field(gt=0)] = Field(default=0.5, description="share of that spread at the start")
+    # How the release differs in the next three, and what was measured of it: docs/differences.md.
+    query_std: Annotated[float, Field(gt=0)] = Field(
+        default=0.5,
+        description="standard deviation of the queries at the start (release: 1); a norm follows them, so half the size "
+        "lets them turn twice as far in one step of AdamW, and our trainings are short",
+    )
+    dropout: Annotated[float, Field(ge=0, lt=1)] = Field(
+        default=0.0,
+        description="in the encoder's language model, wherever a training computes it (release: 0.1); our trainings see "
+        "an image a few times only, and fused attention has no masks that another number of processes would repeat",
+    )
+    drop_path: Annotated[float, Field(ge=0, lt=1)] = Field(
+        default=0.0,
+        description="stochastic depth in the vision tower, rising to this in its last block (release: 0.1); without it a "
+        "frozen tower's features are the same in each step, and can be cached",
+    )
 
 
 class Decoder(Section):

@@ -10,6 +10,7 @@ from torch import nn
 
 from vlv import config, draws, images
 from vlv.config import Config, Paths
+from vlv.dropout import Masks
 from vlv.models import folder as folders
 from vlv.models import pretrained
 from vlv.models.conditioners.base import Context
@@ -35,6 +36,11 @@ class Stage1Batch:
     latent_mean: torch.Tensor | None = None
     latent_spread: torch.Tensor | None = None
 
+    def __len__(self) -> int:
+        known = self.images if self.images is not None else self.features
+        assert known is not None
+        return len(known)
+
 
 class Autoencoder(nn.Module):
     """Encoder and frozen decoder; its forward is the Stage 1 loss.
@@ -55,8 +61,9 @@ class Autoencoder(nn.Module):
     def forward(self, batch: Stage1Batch, generator: torch.Generator) -> torch.Tensor:
         """Mean denoising loss; each image is encoded once and denoised `draws_per_image` times."""
         assert self.settings is not None, "built without training settings"
-        features = batch.features.to(self.device) if batch.features is not None else self._features(batch)
-        context = self.decoder.condition(self.encoder(features.float()).float())
+        masks = self.encoder.masks(generator, len(batch))
+        features = batch.features.to(self.device) if batch.features is not None else self._features(batch, masks)
+        context = self.decoder.condition(self.encoder(features.float(), masks).float())
         mean, spread = self._latents(batch)
         repeats = self.settings.draws_per_image
         mean, spread, context = (x.repeat_interleave(repeats, 0) for x in (mean, spread, context))
@@ -65,9 +72,9 @@ class Autoencoder(nn.Module):
             latents, context, generator, self.settings.timesteps, self.settings.loss, self.settings.same_noise
         ).mean()
 
-    def _features(self, batch: Stage1Batch) -> torch.Tensor:
+    def _features(self, batch: Stage1Batch, masks: Masks | None) -> torch.Tensor:
         assert batch.images is not None
-        return self.encoder.features(batch.images)
+        return self.encoder.features(batch.images, masks)
 
     @torch.no_grad()
     def _latents(self, batch: Stage1Batch) -> tuple[torch.Tensor, torch.Tensor]:

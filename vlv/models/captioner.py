@@ -12,6 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from vlv import images
 from vlv.config import Config, Paths
+from vlv.dropout import Masks
 from vlv.models import adapters, pretrained
 from vlv.models import folder as folders
 from vlv.models.autoencoder import build_encoder
@@ -111,37 +112,43 @@ class Captioner(nn.Module):
             raise ValueError("this language model was built from its architecture alone, without a tokenizer")
         return self._tokenizer
 
-    def set_learning(self, learn: str, in_encoder: Learn = "language_model") -> None:
+    def set_learning(self, learn: str, in_encoder: Learn = "language_model", *, queries: bool = True) -> None:
         """mlp: the prefix; mlp+llm: the language model too; mlp+lora: its adapters; mlp+llm+encoder: all of these.
 
-        `in_encoder` says what learns in an encoder that does; conditioning stays frozen always.
+        `in_encoder` says what learns in an encoder that does, `queries` whether its queries and projection do too;
+        conditioning stays frozen always.
         """
         self.requires_grad_(False)
         if learn == "mlp+llm+encoder":
-            self.encoder.set_learning(in_encoder)
+            self.encoder.set_learning(in_encoder, queries=queries)
         self.prefix.requires_grad_(True)
         if learn in ("mlp+llm", "mlp+llm+encoder"):
             self.language_model.requires_grad_(True)
         elif learn == "mlp+lora":
             adapters.set_learning(self.language_model)
 
+    def choose(self, settings: Config) -> None:
+        """What learns in Stage 2, as configured."""
+        self.set_learning(settings.stage2.learn, settings.stage1.learn, queries=settings.stage2.queries_learn)
+
     @torch.no_grad()
     def context(self, batch: torch.Tensor) -> torch.Tensor:
         """Images (B, 3, H, W) uint8 -> context (B, Q, C), without gradient."""
         return self._context(self.encoder.features(batch))
 
-    def _context(self, features: torch.Tensor) -> torch.Tensor:
-        return self.conditioner.states(self.encoder(features).float())
+    def _context(self, features: torch.Tensor, masks: Masks | None = None) -> torch.Tensor:
+        return self.conditioner.states(self.encoder(features, masks).float())
 
     def forward(self, batch: Stage2Batch, generator: torch.Generator) -> torch.Tensor:
-        """Mean cross-entropy of the labelled tokens; draws nothing from `generator`.
+        """Mean cross-entropy of the labelled tokens; draws nothing from `generator`, whose seed decides what an encoder
+        that is computed here drops.
 
         Token t is predicted from the prefix and the tokens before it; the first one from the prefix alone.
         Logits are computed only where there is a label.
         """
         device = self.prefix.device
         labels = batch.labels.to(device)
-        prefix = self.prefix(self._context_of(batch).to(device).float())
+        prefix = self.prefix(self._context_of(batch, generator).to(device).float())
         words = self.language_model.get_input_embeddings()(batch.ids.to(device))
         states = self.language_model.base_model(
             inputs_embeds=torch.cat([prefix.to(words.dtype), words], 1), use_cache=False
@@ -151,13 +158,14 @@ class Captioner(nn.Module):
         logits = self.language_model.get_output_embeddings()(predicting[labelled])
         return F.cross_entropy(logits.float(), labels[labelled])
 
-    def _context_of(self, batch: Stage2Batch) -> torch.Tensor:
+    def _context_of(self, batch: Stage2Batch, generator: torch.Generator) -> torch.Tensor:
         if batch.context is not None:
             return batch.context
+        masks = self.encoder.masks(generator, len(batch.ids))
         if batch.features is not None:
-            return self._context(batch.features.to(self.encoder.queries.device).float())
+            return self._context(batch.features.to(self.encoder.queries.device).float(), masks)
         assert batch.images is not None
-        return self._context(self.encoder.features(batch.images))
+        return self._context(self.encoder.features(batch.images, masks), masks)
 
     def loss_weight(self, batch: Stage2Batch) -> int:
         """How many tokens the loss of `batch` is a mean over."""
@@ -201,7 +209,7 @@ class Captioner(nn.Module):
         """Tensors, by name, that Stage 1 or Stage 2 changed: what a saved captioner holds."""
         self.encoder.set_learning(settings.stage1.learn)
         by_stage_1 = {f"encoder.{n}": p for n, p in self.encoder.named_parameters() if p.requires_grad}
-        self.set_learning(settings.stage2.learn, settings.stage1.learn)
+        self.choose(settings)
         statistics = {"prefix.mean": self.prefix.mean, "prefix.spread": self.prefix.spread}
         return by_stage_1 | {n: p for n, p in self.named_parameters() if p.requires_grad} | statistics
 
@@ -220,7 +228,7 @@ class Captioner(nn.Module):
         if settings.stage2.learn == "mlp+lora":
             adapters.insert(language_model, settings.stage2.lora)
         captioner = Captioner(encoder, conditioner, prefix, language_model, tokenizer, tokens)
-        captioner.set_learning(settings.stage2.learn, settings.stage1.learn)
+        captioner.choose(settings)
         return captioner
 
     @staticmethod

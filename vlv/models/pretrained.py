@@ -188,14 +188,15 @@ def encoder(
 ) -> CaptionEncoder:
     """Florence-2 with new queries and a new projection to `width`; draws from torch's global generator."""
     folder = folder_of(section, paths)
+    attention = "eager" if section.dropout else _attention()  # a fused kernel draws its own masks
     with _building("encoder", folder, section.weights):
         if section.weights == "random":
             settings = Florence2Config.from_pretrained(folder)
-            settings._attn_implementation = _attention()
+            settings._attn_implementation = attention
             florence = Florence2ForConditionalGeneration(settings).float()
         else:
             florence = Florence2ForConditionalGeneration.from_pretrained(
-                folder, use_safetensors=True, dtype=torch.float32, attn_implementation=_attention()
+                folder, use_safetensors=True, dtype=torch.float32, attn_implementation=attention
             )
     words = tokenizer(folder) if section.prompt else None
     mean, std = encoders.processor_statistics(folder)
@@ -204,7 +205,8 @@ def encoder(
     )
     return CaptionEncoder(
         florence.eval(), encoders.tokenize_prompt(words, section.prompt), section.image_size, mean, std,
-        queries=section.queries, projection=projection,
+        queries=section.queries, projection=projection, query_std=section.query_std, drop_rate=section.dropout,
+        drop_path=section.drop_path,
     )  # fmt: skip
 
 
