@@ -18,7 +18,19 @@ _LEVELS = {
     3: {"cli", "cli_convert", "cli_data", "cli_plan", "cli_registry", "doctor", "__main__"},
     2: {"stages", "pretraining", "planning", "converting"},
     1: {"data", "models", "training", "evaluation", "registry", "serving"},
-    0: {"config", "assets", "draws", "dropout", "images", "files", "scenes", "tracking", "progress", "pinning"},
+    0: {
+        "config",
+        "assets",
+        "draws",
+        "dropout",
+        "images",
+        "files",
+        "scenes",
+        "tracking",
+        "preprocessing",
+        "progress",
+        "pinning",
+    },
 }
 _LEVEL = {name: level for level, names in _LEVELS.items() for name in names}
 # Served models run alone, in MLflow's process: a stage in small.

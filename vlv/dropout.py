@@ -79,7 +79,7 @@ class DropPath(nn.Module):
 
 
 class _Dropping(TorchFunctionMode):
-    """Within it `F.dropout` drops with our masks, whatever rate and mode it is called with; rate 0: it drops nothing."""
+    """Within it `F.dropout` drops a share `rate` with our masks, whatever it is called with; at 0 it is left alone."""
 
     def __init__(self, masks: Masks, rate: float, *, repeated: bool = False) -> None:
         super().__init__()

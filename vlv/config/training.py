@@ -112,8 +112,8 @@ class Stage2(Training):
     )
     queries_learn: bool = Field(
         default=True,
-        description="mlp+llm+encoder: queries and projection learn as well; false: they stay as Stage 1 left them, as in "
-        "the release. They are the narrow way from the encoder to the captions and cost next to nothing to teach",
+        description="mlp+llm+encoder: queries and projection learn as well; false: they stay as Stage 1 left them, as "
+        "in the release. All that a caption is made of passes them, and they cost next to nothing to teach",
     )
     lora: Lora = Field(default_factory=Lora)
     max_caption_tokens: Positive = Field(description="longer captions are cut (and counted)")

@@ -16,6 +16,7 @@ from vlv.models import pretrained
 from vlv.models.conditioners.base import Context
 from vlv.models.decoders.base import Decoder
 from vlv.models.encoder import CaptionEncoder
+from vlv.preprocessing import Preprocessing
 
 KIND = "autoencoder"
 PARTS = ["encoder", "decoder"]
@@ -86,7 +87,7 @@ class Autoencoder(nn.Module):
 
     @torch.no_grad()
     def context(self, batch: torch.Tensor) -> torch.Tensor | Context:
-        """Images (B, 3, H, W) uint8 -> the decoder's context: (B, Q, C), or a Context of these lengths."""
+        """Squares (B, 3, S, S) uint8 -> the decoder's context: (B, Q, C), or a Context of these lengths."""
         context: torch.Tensor | Context = self.decoder.condition(self.encoder(self.encoder.features(batch)).float())
         return context
 
@@ -104,9 +105,9 @@ class Autoencoder(nn.Module):
         """
         result: list[images.Pixels] = []
         for i in range(0, len(pictures), batch_size):
-            squares = [images.resize_crop(p, self.decoder.image_size) for p in pictures[i : i + batch_size]]
+            squares = self.encoder.preprocessing.cut(pictures[i : i + batch_size])
             seeds = [seed + i + k for k in range(len(squares))]
-            drawn = self.decoder.sample(self.context(images.to_batch(squares)), seeds, steps, guidance)
+            drawn = self.decoder.sample(self.context(squares), seeds, steps, guidance)
             result += images.to_arrays(drawn)
         return result
 
@@ -144,4 +145,4 @@ def build_encoder(settings: Config, width: int, paths: Paths) -> CaptionEncoder:
     statistics = None
     if settings.encoder.start_on_text_side:
         statistics = pretrained.text_statistics(settings.decoder, paths, settings.encoder.queries)
-    return pretrained.encoder(settings.encoder, width, paths, statistics)
+    return pretrained.encoder(settings.encoder, Preprocessing.of(settings), width, paths, statistics)

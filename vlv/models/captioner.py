@@ -11,11 +11,12 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from vlv import images
-from vlv.config import Config, Paths
+from vlv.config import Config, Generation, Paths
 from vlv.dropout import Masks
 from vlv.models import adapters, pretrained
 from vlv.models import folder as folders
 from vlv.models.autoencoder import build_encoder
+from vlv.models.cleaning import clean_up
 from vlv.models.conditioners.base import Conditioner
 from vlv.models.encoder import CaptionEncoder, Learn
 
@@ -85,6 +86,8 @@ class Captioner(nn.Module):
     Args:
         conditioner: the text side of the frozen decoder, on the embeddings' way to the context.
         tokenizer: None for an architecture alone, which may come without words: it can learn, but not write.
+        generation: how it writes; may be replaced at any time.
+        max_caption_tokens: of a caption, where `generation` names no other maximum.
     """
 
     def __init__(
@@ -94,12 +97,13 @@ class Captioner(nn.Module):
         prefix: Prefix,
         language_model: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase | None,
+        generation: Generation,
         max_caption_tokens: int,
     ) -> None:
         super().__init__()
         self.encoder, self.conditioner, self.prefix = encoder, conditioner, prefix
         self.language_model, self._tokenizer = language_model, tokenizer
-        self.max_caption_tokens = max_caption_tokens
+        self.generation, self.max_caption_tokens = generation, max_caption_tokens
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -133,7 +137,7 @@ class Captioner(nn.Module):
 
     @torch.no_grad()
     def context(self, batch: torch.Tensor) -> torch.Tensor:
-        """Images (B, 3, H, W) uint8 -> context (B, Q, C), without gradient."""
+        """Squares (B, 3, S, S) uint8 -> context (B, Q, C), without gradient."""
         return self._context(self.encoder.features(batch))
 
     def _context(self, features: torch.Tensor, masks: Masks | None = None) -> torch.Tensor:
@@ -173,12 +177,16 @@ class Captioner(nn.Module):
 
     @torch.no_grad()
     def write(self, context: torch.Tensor | None, count: int = 1) -> list[str]:
-        """Captions for contexts (B, Q, C), greedy, each until its <eos>.
+        """Captions for contexts (B, Q, C), as `generation` says: by default greedy, each until its <eos>.
 
-        Without a context (None) the language model writes `count` captions alone: the floor without an image.
+        Without a context (None) the language model draws `count` captions alone: the floor without an image.
         """
+        how = self.generation
         table = self.language_model.get_input_embeddings()
-        begin = self.tokenizer.bos_token_id
+        begin = None if how.begin == "prefix" and context is not None else self.tokenizer.bos_token_id
+        own_end = self.language_model.generation_config.eos_token_id
+        end = self.tokenizer.eos_token_id if how.end == "tokenizer" else own_end
+        beams = 1 if context is None else how.beams
         rows = count if context is None else len(context)
         start = [] if begin is None else [table(torch.full((rows, 1), begin, device=table.weight.device))]
         prefix = [] if context is None else [self.prefix(context).to(table.weight.dtype)]
@@ -186,19 +194,22 @@ class Captioner(nn.Module):
         written = self.language_model.generate(
             inputs_embeds=inputs,
             attention_mask=torch.ones(inputs.shape[:2], dtype=torch.long, device=inputs.device),
-            max_new_tokens=self.max_caption_tokens,
+            max_new_tokens=how.max_tokens or self.max_caption_tokens,
             do_sample=context is None,
-            eos_token_id=self.tokenizer.eos_token_id,
+            num_beams=beams,
+            early_stopping=beams > 1,  # as the release: done once there are as many whole captions as beams
+            eos_token_id=end,
             pad_token_id=self.tokenizer.pad_token_id or self.tokenizer.eos_token_id,
         )
-        return [text.strip() for text in self.tokenizer.batch_decode(written, skip_special_tokens=True)]
+        texts: list[str] = self.tokenizer.batch_decode(written, skip_special_tokens=True)
+        return [clean_up(text) if how.clean_up else text.strip() for text in texts]
 
     def caption(self, pictures: Sequence[images.Pixels], batch_size: int = 50) -> list[str]:
-        """Caption pictures, (H, W, 3) uint8 of any size: each is scaled and cropped to the encoder's square."""
+        """Caption pictures, (H, W, 3) uint8 of any size; they come to the vision tower as in training."""
         result: list[str] = []
         for i in range(0, len(pictures), batch_size):
-            squares = [images.resize_crop(p, self.encoder.image_size) for p in pictures[i : i + batch_size]]
-            result += self.write(self.context(images.to_batch(squares)))
+            squares = self.encoder.preprocessing.cut(pictures[i : i + batch_size])
+            result += self.write(self.context(squares))
         return result
 
     def save(self, folder: Path, settings: Config, paths: Paths, card: str) -> None:
@@ -227,7 +238,7 @@ class Captioner(nn.Module):
         tokens = settings.stage2.max_caption_tokens
         if settings.stage2.learn == "mlp+lora":
             adapters.insert(language_model, settings.stage2.lora)
-        captioner = Captioner(encoder, conditioner, prefix, language_model, tokenizer, tokens)
+        captioner = Captioner(encoder, conditioner, prefix, language_model, tokenizer, section.generation, tokens)
         captioner.choose(settings)
         return captioner
 

@@ -14,6 +14,7 @@ from transformers import Florence2ForConditionalGeneration, PreTrainedTokenizerB
 
 from vlv import files, images
 from vlv.dropout import DropPath, Masks, dropping
+from vlv.preprocessing import Preprocessing
 
 Learn = Literal["language_model", "decoder_only", "all", "queries_only"]
 
@@ -58,7 +59,7 @@ class CaptionEncoder(nn.Module):
     Args:
         florence: the pretrained model.
         prompt_ids: ids of the task prompt that follows the image features; may be empty.
-        image_size: pixels, side of the vision tower's input.
+        preprocessing: the way of a picture to the vision tower.
         mean, std: the image processor's, three channels, for pixels in [0, 1].
         query_std: of the queries at the start.
         drop_rate: dropout in the language model; drop_path: stochastic depth in the vision tower. Both act in a
@@ -73,7 +74,7 @@ class CaptionEncoder(nn.Module):
         self,
         florence: Florence2ForConditionalGeneration,
         prompt_ids: list[int],
-        image_size: int,
+        preprocessing: Preprocessing,
         mean: list[float],
         std: list[float],
         *,
@@ -85,7 +86,7 @@ class CaptionEncoder(nn.Module):
     ) -> None:
         super().__init__()
         self.florence = florence
-        self.image_size = image_size
+        self.preprocessing = preprocessing
         width = florence.config.text_config.d_model
         self.queries = nn.Parameter(torch.randn(1, queries, width) * query_std)
         self.projection = projection
@@ -125,13 +126,13 @@ class CaptionEncoder(nn.Module):
         return Masks(generator, samples) if self.drop_rate or self.drop_path else None
 
     def features(self, batch: torch.Tensor, masks: Masks | None = None) -> torch.Tensor:
-        """Images (B, 3, H, W) uint8 -> the vision tower's projected features (B, T, D)."""
-        pixels = batch.to(self.queries.device)
-        if pixels.shape[-1] != self.image_size:
-            size = (self.image_size, self.image_size)
-            resized = F.interpolate(pixels.float(), size, mode="bicubic", antialias=True)
-            pixels = resized.round().clamp(0, 255).to(torch.uint8)
-        normalised = ((images.to_model(pixels) + 1) / 2 - self.mean) / self.std
+        """Squares of the training data's size (B, 3, S, S) uint8 -> the vision tower's projected features (B, T, D).
+
+        Raises:
+            ValueError: images of another size.
+        """
+        pixels = self.preprocessing.for_tower(batch.to(self.queries.device))
+        normalised = images.to_processor(pixels, self.mean, self.std)
         tower_dtype = next(self.florence.model.vision_tower.parameters()).dtype
         with dropping(masks, 0.0):
             features: torch.Tensor = self.florence.model.get_image_features(normalised.to(tower_dtype)).pooler_output

@@ -48,6 +48,7 @@ from vlv.models.decoders.sd3 import SD3Decoder
 from vlv.models.decoders.sdxl import SDXLDecoder
 from vlv.models.decoders.stable_diffusion import StableDiffusionDecoder
 from vlv.models.encoder import CaptionEncoder, Projection
+from vlv.preprocessing import Preprocessing
 
 logging.disable_progress_bar()  # parts load in a moment here; a bar for each only hides what takes long
 
@@ -184,7 +185,11 @@ def text_statistics(section: config.Decoder, paths: Paths, queries: int) -> tupl
 
 
 def encoder(
-    section: config.Encoder, width: int, paths: Paths, statistics: tuple[torch.Tensor, torch.Tensor] | None
+    section: config.Encoder,
+    preprocessing: Preprocessing,
+    width: int,
+    paths: Paths,
+    statistics: tuple[torch.Tensor, torch.Tensor] | None,
 ) -> CaptionEncoder:
     """Florence-2 with new queries and a new projection to `width`; draws from torch's global generator."""
     folder = folder_of(section, paths)
@@ -204,7 +209,7 @@ def encoder(
         florence.config.text_config.d_model, section.projection_width, width, statistics, section.start_gain
     )
     return CaptionEncoder(
-        florence.eval(), encoders.tokenize_prompt(words, section.prompt), section.image_size, mean, std,
+        florence.eval(), encoders.tokenize_prompt(words, section.prompt), preprocessing, mean, std,
         queries=section.queries, projection=projection, query_std=section.query_std, drop_rate=section.dropout,
         drop_path=section.drop_path,
     )  # fmt: skip
