@@ -127,7 +127,7 @@ def _as_the_release(photo: Path, square: int, tower: int) -> np.ndarray[Any, Any
     short = min(width, height)
     new = (square, int(square * height / width)) if width == short else (int(square * width / height), square)
     image = image.resize(new, Image.Resampling.BILINEAR)
-    top, left = int(round((new[1] - square) / 2.0)), int(round((new[0] - square) / 2.0))
+    top, left = round((new[1] - square) / 2.0), round((new[0] - square) / 2.0)
     image = image.crop((left, top, left + square, top + square))
     return np.asarray(image.resize((tower, tower), Image.Resampling.BICUBIC))
 
@@ -140,7 +140,7 @@ def test_a_converted_release_sees_what_the_release_sees(photo: Path, square: int
     chain = Preprocessing(square, "torchvision", tower)
     ours = images.to_arrays(chain.for_tower(chain.cut([pixels])))[0].astype(int)
     off = np.abs(ours - _as_the_release(photo, square, tower).astype(int))
-    # Pillow rounds to whole numbers between its two passes, torch does not: they differ by one grey level here and there.
+    # Pillow rounds between its two passes, torch does not: they differ by one grey level here and there.
     assert off.max() <= 1 and off.mean() < 0.3
     straight = images.to_arrays(images.to_batch([images.resize_crop(pixels, tower)]))[0].astype(int)
     assert np.abs(straight - ours).mean() > 3, "the way that skips the square is another one"
@@ -173,7 +173,7 @@ def test_data_cut_in_another_way_is_refused(photo: Path, paths: Paths, tmp_path:
     wanted = _settings("torchvision").data.model_copy(update={"source": source, "shard_size": 10})
     sources.materialise(wanted, paths, tmp_path / "data")
     other = wanted.model_copy(update={"resize": "bicubic"})
-    with pytest.raises(DataError, match="resize 'torchvision', but params.yaml says 'bicubic'"):
+    with pytest.raises(DataError, match=r"resize 'torchvision', but params\.yaml says 'bicubic'"):
         sources.materialise(other, paths, tmp_path / "data")
 
 

@@ -90,11 +90,11 @@ class _Dropping(TorchFunctionMode):
         if self._start is not None:
             self.masks = self._start.again()
         self._token = _ACTIVE.set(self)
-        super().__enter__()
+        super().__enter__()  # type: ignore[no-untyped-call]
         return self
 
     def __exit__(self, *error: Any) -> None:
-        super().__exit__(*error)
+        super().__exit__(*error)  # type: ignore[no-untyped-call]
         _ACTIVE.reset(self._token)
 
     def __torch_function__(
