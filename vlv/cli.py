@@ -136,6 +136,12 @@ def caption(
     folder: _Images,
     output: Annotated[Path, typer.Option("-o", "--output", help="JSON file: image name -> caption.")],
     model: _Model = None,
+    beams: Annotated[int | None, typer.Option(min=1, help="1: greedy; without: as the model was saved.")] = None,
+    max_tokens: Annotated[int | None, typer.Option(min=1, help="Of one caption; without: the model's own.")] = None,
+    clean_up: Annotated[
+        bool | None,
+        typer.Option("--clean-up/--as-written", help="End at the last full stop, no sentence twice; or neither."),
+    ] = None,
 ) -> None:
     """Caption every image of a folder. Written as it goes; a corrupt file is named and not fatal.
 
@@ -143,7 +149,9 @@ def caption(
     """
     from vlv.stages import use
 
-    report = use.caption_folder(Paths.find(), folder, output, model=model)
+    asked = {"beams": beams, "max_tokens": max_tokens, "clean_up": clean_up}
+    writing = {key: value for key, value in asked.items() if value is not None}
+    report = use.caption_folder(Paths.find(), folder, output, model=model, writing=writing)
     typer.echo(f"{report.done} captions in {output}")
     _name_failures(report.failed)
 

@@ -10,8 +10,11 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageOps, UnidentifiedImageError
+
+from vlv.config import Resize
 
 Pixels = NDArray[np.uint8]
 
@@ -77,16 +80,37 @@ def shrink(pixels: Pixels, longest: int) -> Pixels:
     return np.asarray(Image.fromarray(pixels).resize(size, Image.Resampling.BICUBIC))
 
 
-def resize_crop(pixels: Pixels, size: int) -> Pixels:
-    """Scale the shorter side to `size` (bicubic, antialiased) and cut the centre square: (size, size, 3)."""
+def resize_crop(pixels: Pixels, size: int, how: Resize = "bicubic") -> Pixels:
+    """Scale the shorter side to `size` (antialiased) and cut the centre square: (size, size, 3)."""
     height, width = pixels.shape[:2]
     if (height, width) == (size, size):
         return pixels
+    if how == "torchvision":
+        return _resize_crop_as_torchvision(pixels, size)
     scale = size / min(height, width)
     target = (max(size, round(width * scale)), max(size, round(height * scale)))
     image = Image.fromarray(pixels).resize(target, Image.Resampling.BICUBIC)
     left, top = (target[0] - size) // 2, (target[1] - size) // 2
     return np.asarray(image.crop((left, top, left + size, top + size)))
+
+
+def _resize_crop_as_torchvision(pixels: Pixels, size: int) -> Pixels:
+    """What torchvision's `Resize(size)` and `CenterCrop(size)` make of a PIL image by default: bilinear, the longer
+    side rounded down, the margin rounded to the nearest."""
+    height, width = pixels.shape[:2]
+    longer = int(size * max(height, width) / min(height, width))
+    target = (size, longer) if width <= height else (longer, size)
+    image = Image.fromarray(pixels).resize(target, Image.Resampling.BILINEAR)
+    left, top = round((target[0] - size) / 2), round((target[1] - size) / 2)
+    return np.asarray(image.crop((left, top, left + size, top + size)))
+
+
+def scale(batch: torch.Tensor, size: int) -> torch.Tensor:
+    """Squares (B, 3, S, S) uint8 -> (B, 3, size, size) uint8, bicubic and antialiased, where they are not that size."""
+    if batch.shape[-1] == size:
+        return batch
+    resized = F.interpolate(batch.float(), (size, size), mode="bicubic", antialias=True)
+    return resized.round().clamp(0, 255).to(torch.uint8)
 
 
 def to_batch(pixels: Sequence[Pixels] | Pixels) -> torch.Tensor:
@@ -98,6 +122,12 @@ def to_batch(pixels: Sequence[Pixels] | Pixels) -> torch.Tensor:
 def to_model(batch: torch.Tensor) -> torch.Tensor:
     """(B, 3, H, W) uint8 in 0..255 -> float32 in [-1, 1]."""
     return batch.float() / 127.5 - 1.0
+
+
+def to_processor(batch: torch.Tensor, mean: torch.Tensor, std: torch.Tensor) -> torch.Tensor:
+    """(B, 3, H, W) uint8 -> float32 as an image processor has it: 0 to 1, less its mean, over its std (both
+    broadcast)."""
+    return ((to_model(batch) + 1) / 2 - mean) / std
 
 
 def to_pixels(batch: torch.Tensor) -> torch.Tensor:

@@ -84,7 +84,7 @@ def import_images(
     place = assets.resolve(source, paths) if source.startswith("hf:") else Path(source).expanduser()
     chosen = tell_format(place, format_)
     wanted = Wanted(
-        Recipe(data.image_size, data.gate.min_side, data.gate.max_aspect, encoding),
+        Recipe(data.image_size, data.gate.min_side, data.gate.max_aspect, encoding, data.resize),
         data.shard_size,
         Shares(validation, test, seed),
         ReadOptions(chosen, images, image_column, caption_column, rule, seed),

@@ -12,17 +12,18 @@ from pydantic import Field, ValidationError, model_validator
 from vlv import files
 from vlv.config.base import ConfigError, Precision, Section, Weights
 from vlv.config.compute import Compute
-from vlv.config.data import Data, DataGate, ImportedSource, ScenesSource
-from vlv.config.models import Decoder, Encoder, LanguageModel
+from vlv.config.data import Data, DataGate, ImportedSource, Resize, ScenesSource
+from vlv.config.models import Decoder, Encoder, Generation, LanguageModel
 from vlv.config.paths import Paths
 from vlv.config.results import Evaluate, Register
 from vlv.config.tracking import Tracking
 from vlv.config.training import Lora, Optimizer, Stage1, Stage2, Timesteps, Training
 
 __all__ = [
-    "Compute", "Config", "ConfigError", "Data", "DataGate", "Decoder", "Encoder", "Evaluate", "ImportedSource",
-    "LanguageModel", "Lora", "Optimizer", "Paths", "Precision", "Register", "ScenesSource", "Section", "Stage1",
-    "Stage2", "Timesteps", "Tracking", "Training", "Weights", "load", "parse", "profiles", "use",
+    "Compute", "Config", "ConfigError", "Data", "DataGate", "Decoder", "Encoder", "Evaluate", "Generation",
+    "ImportedSource", "LanguageModel", "Lora", "Optimizer", "Paths", "Precision", "Register", "Resize",
+    "ScenesSource", "Section", "Stage1", "Stage2", "Timesteps", "Tracking", "Training",
+    "Weights", "load", "parse", "profiles", "use",
 ]  # fmt: skip
 
 
@@ -49,6 +50,20 @@ class Config(Section):
             raise ValueError(
                 "stage2.cache_features is for stage2.learn mlp+llm+encoder with a frozen vision tower (stage1.learn "
                 "not all): a frozen encoder's context is cached anyway, a learning tower has nothing to keep"
+            )
+        if self.encoder.drop_path and (self.stage1.cache_features or self.stage2.cache_features):
+            raise ValueError(
+                "encoder.drop_path changes the vision tower's features in each step: set stage1.cache_features and "
+                "stage2.cache_features to false"
+            )
+        if (
+            self.stage2.learn == "mlp+llm+encoder"
+            and not self.stage2.queries_learn
+            and self.stage1.learn == "queries_only"
+        ):
+            raise ValueError(
+                "with stage1.learn queries_only and stage2.queries_learn false nothing of the encoder learns in "
+                "Stage 2: set stage2.learn to mlp+llm"
             )
         return self
 

@@ -6,6 +6,8 @@ from pydantic import Field
 
 from vlv.config.base import Positive, Section, Share
 
+Resize = Literal["bicubic", "torchvision"]
+
 
 class ScenesSource(Section):
     """Emoji scenes, drawn on the spot (vlv.scenes)."""
@@ -41,5 +43,10 @@ class Data(Section):
 
     source: ScenesSource | ImportedSource = Field(discriminator="kind")
     image_size: Positive = Field(description="pixels; images are scaled and cropped to this square")
+    resize: Resize = Field(
+        default="bicubic",
+        description="how images are brought to that square; torchvision: by its Resize and CenterCrop (bilinear), as "
+        "the release is trained and used",
+    )
     shard_size: Annotated[int, Field(gt=0, le=10_000)] = Field(description="samples in one tar")
     gate: DataGate

@@ -2,7 +2,7 @@
 
 import json
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -73,8 +73,12 @@ def _readable(found: list[Path], unreadable: dict[str, str]) -> Iterator[tuple[P
             unreadable[str(path)] = str(error).removeprefix(f"{path}: ")
 
 
-def caption_folder(paths: Paths, folder: Path, output: Path, model: str | None = None) -> Report:
+def caption_folder(
+    paths: Paths, folder: Path, output: Path, model: str | None = None, writing: Mapping[str, object] | None = None
+) -> Report:
     """Caption every image; `output` becomes {"image1.jpg": "..."} with names relative to `folder`.
+
+    `writing`: keys of `Generation` that replace the saved model's own.
 
     Captions go to `output`.partial as they are written, so that a killed run goes on where it was.
 
@@ -84,6 +88,7 @@ def caption_folder(paths: Paths, folder: Path, output: Path, model: str | None =
     found = find_images(folder)
     root = folder if folder.is_dir() else folder.parent
     captioner = Captioner.load(model_folder(paths, model, "stage2"), paths).to(device.for_inference())
+    captioner.generation = captioner.generation.model_validate({**captioner.generation.model_dump(), **(writing or {})})
     partial = output.with_name(output.name + ".partial")
     done: dict[str, str] = {row["image"]: row["caption"] for row in files.read_json_lines(partial)}
     todo = [path for path in found if path.relative_to(root).as_posix() not in done]
@@ -131,13 +136,13 @@ def reconstruct_folder(
     found = find_images(folder)
     root = folder if folder.is_dir() else folder.parent
     autoencoder = Autoencoder.load(model_folder(paths, model, "stage1"), paths).to(device.for_inference())
-    side = size or autoencoder.decoder.image_size
+    side, seen = size or autoencoder.decoder.image_size, autoencoder.encoder.preprocessing
     report = Report()
     figures: dict[str, float] = {}
     with meter("Reconstructing", len(found)) as progress:
         for i, (path, pixels) in enumerate(_readable(found, report.failed)):
             drawn = autoencoder.reconstruct([pixels], steps, guidance, seed + i)[0]
-            drawn, square = images.resize_crop(drawn, side), images.resize_crop(pixels, side)
+            drawn, square = images.resize_crop(drawn, side), images.resize_crop(pixels, side, seen.resize)
             # The suffix stays in the name: a.jpg and a.png are two images.
             name = path.relative_to(root).as_posix() + ".png"
             files.write_bytes(output / name, images.encode_png(drawn))

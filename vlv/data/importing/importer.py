@@ -171,7 +171,7 @@ class _Import:
     def _assemble(self, tally: Tally) -> Manifest:
         """Put the pieces together: training shards as they are, the two small splits in full shards."""
         wanted = self._wanted
-        about = {
+        about: dict[str, Any] = {
             "kind": "imported",
             "description": wanted.description or self._source.resolve().name,
             "format": self._reader.format,
@@ -181,6 +181,8 @@ class _Import:
             "splits": asdict(wanted.shares),
             "counts": tally.counts(),
         }
+        if wanted.recipe.resize != "bicubic":
+            about["resize"] = wanted.recipe.resize
         moved = self._moved(tally)
         with files.atomic_folder(self._data) as folder:
             splits: dict[str, SplitEntry] = {}

@@ -3,6 +3,7 @@
 from dataclasses import dataclass, replace
 
 from vlv import files, images
+from vlv.config import Resize
 from vlv.data.readers.found import Content, Found, Split
 from vlv.data.readers.names import Encoding
 from vlv.data.writer import Record
@@ -13,14 +14,15 @@ class Recipe:
     """What every image is held to and made into; sizes in pixels.
 
     Dropped, by name: `unreadable`, `too_small` (shorter side below `min_side`), `aspect` (longer / shorter side
-    above `max_aspect`). The rest is cut to `image_size` squares and stored as PNG (lossless, the same bytes on
-    every machine) or as JPEG (quality 95, a fifth of the space or so).
+    above `max_aspect`). The rest is cut to `image_size` squares (in the way of `resize`) and stored as PNG (lossless,
+    the same bytes on every machine) or as JPEG (quality 95, a fifth of the space or so).
     """
 
     image_size: int
     min_side: int
     max_aspect: float
     encoding: Encoding = "png"
+    resize: Resize = "bicubic"
 
 
 @dataclass(frozen=True)
@@ -56,7 +58,7 @@ def prepare(found: Found, recipe: Recipe) -> Prepared:
     if long > recipe.max_aspect * short:
         message = f"{width}x{height} pixels, aspect {long / short:.2f} is above {recipe.max_aspect}"
         return _dropped(found, "aspect", message, width, height)
-    return _kept(found, content, images.resize_crop(pixels, recipe.image_size), (width, height), recipe)
+    return _kept(found, content, images.resize_crop(pixels, recipe.image_size, recipe.resize), (width, height), recipe)
 
 
 def _kept(found: Found, content: Content, cut: images.Pixels, size: tuple[int, int], recipe: Recipe) -> Prepared:
