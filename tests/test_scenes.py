@@ -40,4 +40,3 @@ def test_splits_share_no_specification_and_held_out_pairs_are_only_in_test() -> 
     assert not train & test
     assert not any(scenes.has_held_out_pair(s) for s in train)
     assert any(scenes.has_held_out_pair(s) for s in test) and not all(scenes.has_held_out_pair(s) for s in test)
-    assert scenes.split_of(scenes.Scene(0, ((0, 0),))) == scenes.split_of(scenes.Scene(0, ((0, 0),)))
