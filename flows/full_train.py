@@ -67,7 +67,7 @@ def _run(paths: Paths, chosen: config.Config, upto: str | None, timeouts: dict[s
     try:
         for name in stages:
             # Current at the start and nothing ran before it: DVC need not be asked again.
-            if name in changed or run.opened:
+            if name in changed or set(summary.outcomes.values()) - {"current"}:
                 summary.outcomes[name] = tasks.stage(name, timeouts.get(name))(project, name, run)
             else:
                 logger.info("%s: current", name)

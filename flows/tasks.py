@@ -30,11 +30,13 @@ class Care:
     delay_seconds: float = 10.0
     timeout_seconds: float = 24 * HOUR
     only_after_signal: bool = True  # False: also after an error of its own, such as a network that failed
+    recorded: bool = True  # whether the stage opens an MLflow run
 
 
 # A training that a signal ended (out of memory, a stopped machine) goes on from its checkpoint, so once more
 # is cheap. Evaluation and registration reach for assets and a server. Other stages get DEFAULT_CARE.
 CARE = {
+    "inputs": Care(timeout_seconds=HOUR, recorded=False),
     "stage1": Care(retries=1, timeout_seconds=14 * 24 * HOUR),
     "stage2": Care(retries=1, timeout_seconds=14 * 24 * HOUR),
     "evaluate": Care(retries=1, delay_seconds=30, only_after_signal=False),
@@ -50,10 +52,6 @@ class ParentRun:
         self._paths, self._name, self._flow_run_id = paths, name, flow_run_id
         self._id: str | None = None
         self._opened = False
-
-    @property
-    def opened(self) -> bool:
-        return self._opened
 
     def marks(self) -> dict[str, str]:
         """The variables that tie a child's records to this run; opens it."""
@@ -116,7 +114,8 @@ def _retry(after_signal_only: bool) -> Callable[["Task[..., Any]", "TaskRun", "S
 @task(persist_result=False, cache_policy=NO_CACHE)
 def _stage(project: Project, name: str, run: ParentRun) -> Outcome:
     say = _say()
-    outcome = project.reproduce(name, say, **run.marks())
+    marks = run.marks() if CARE.get(name, DEFAULT_CARE).recorded else {}
+    outcome = project.reproduce(name, say, **marks)
     say(f"{name}: {outcome}")
     return outcome
 

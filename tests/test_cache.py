@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from vlv.data import shards
-from vlv.data.cache import ShardCache
+from vlv.data.cache import Compute, ShardCache
 
 MIB = 2**20
 
@@ -28,12 +28,16 @@ def entries(scene_data: Path) -> list[shards.ShardEntry]:
     return shards.read_manifest(scene_data).splits["train"].shards
 
 
+def _cache(root: Path, data: Path, compute: Compute, part: str = "a") -> ShardCache:
+    return ShardCache(root / "cache", "half", {"part": part}, data, "train", compute)
+
+
 def test_its_size_is_told_before_and_is_the_one_on_the_disk(
     scene_data: Path, entries: list[shards.ShardEntry], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    cache = ShardCache(tmp_path / "cache", "half", {"part": "a"}, "train")
+    cache = _cache(tmp_path, scene_data, _Half())
     with caplog.at_level(logging.INFO):
-        cache.fill(scene_data, entries, _Half())
+        cache.fill(entries)
     told = next(float(found[1]) for found in (re.search(r"([0-9.]+) GiB in", m) for m in caplog.messages) if found)
     on_disk = sum(file.stat().st_size for file in cache.folder.glob("*.safetensors"))
     assert told * 2**30 == pytest.approx(on_disk, rel=0.1)  # told with two decimals, 0.05
@@ -43,33 +47,60 @@ def test_its_size_is_told_before_and_is_the_one_on_the_disk(
 def test_only_what_is_missing_damaged_or_of_another_shard_is_computed(
     scene_data: Path, entries: list[shards.ShardEntry], tmp_path: Path
 ) -> None:
-    cache, part = ShardCache(tmp_path / "cache", "half", {"part": "a"}, "train"), _Half()
-    cache.fill(scene_data, entries, part)
+    part = _Half()
+    cache = _cache(tmp_path, scene_data, part)
+    cache.fill(entries)
     before = [cache.load(entry)["half"].clone() for entry in entries]  # files are mapped, and damaged below
     assert part.seen == sum(entry.samples for entry in entries)
-    cache.fill(scene_data, entries, part)
+    cache.fill(entries)
     assert part.seen == sum(entry.samples for entry in entries)
 
     files = sorted(cache.folder.glob("*.safetensors"))
     files[0].write_bytes(files[0].read_bytes()[:1000])
     files[1].write_bytes(files[2].read_bytes())
-    with pytest.raises(shards.DataError, match=re.escape(f"{files[1]} does not belong to shard {entries[1].name}")):
-        cache.load(entries[1])
     part.seen = 0
-    cache.fill(scene_data, entries, part)
+    cache.fill(entries)
     assert part.seen == entries[0].samples + entries[1].samples
     assert all(torch.equal(cache.load(entry)["half"], old) for entry, old in zip(entries, before, strict=True))
-    assert ShardCache(tmp_path / "cache", "half", {"part": "b"}, "train").folder != cache.folder
+    assert _cache(tmp_path, scene_data, part, "b").folder != cache.folder
+
+
+@pytest.mark.parametrize("damage", ["flipped", "zeroed", "of another shard", "gone"])
+def test_damage_is_seen_when_a_file_is_opened_first_and_the_file_is_made_again(
+    damage: str, scene_data: Path, entries: list[shards.ShardEntry], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    first = _cache(tmp_path, scene_data, _Half())
+    first.fill(entries)
+    before = first.load(entries[1])["half"].clone()
+    file, other = sorted(first.folder.glob("*.safetensors"))[1:3]
+    content = bytearray(file.read_bytes())
+    match damage:
+        case "flipped":
+            content[-1000] ^= 1
+            file.write_bytes(content)
+        case "zeroed":
+            file.write_bytes(content[:-4096] + bytes(4096))
+        case "of another shard":
+            file.write_bytes(other.read_bytes())
+        case "gone":
+            file.unlink()
+
+    part = _Half()
+    again = _cache(tmp_path, scene_data, part)  # as the next run opens it
+    assert torch.equal(again.load(entries[1])["half"], before)
+    assert part.seen == entries[1].samples
+    assert any(str(file) in message and "computing it anew" in message for message in caplog.messages)
+    assert torch.equal(again.load(entries[0])["half"], first.load(entries[0])["half"])
+    assert part.seen == entries[1].samples  # what is whole is not computed
 
 
 def test_what_the_disk_has_no_room_for_is_not_begun(
     scene_data: Path, entries: list[shards.ShardEntry], tmp_path: Path
 ) -> None:
-    cache = ShardCache(tmp_path / "cache", "latents", {}, "train")
-
     def terabytes(batch: torch.Tensor) -> dict[str, torch.Tensor]:
         return {"much": torch.zeros(1, 1, dtype=torch.bfloat16).expand(len(batch), 2**40)}
 
+    cache = ShardCache(tmp_path / "cache", "latents", {}, scene_data, "train", terabytes)
     with pytest.raises(shards.DataError, match=r"latents of 50 samples need 102400.0 GiB.*cache_latents"):
-        cache.fill(scene_data, entries, terabytes)
+        cache.fill(entries)
     assert not list(cache.folder.glob("*"))

@@ -10,7 +10,7 @@ import pytest
 
 from tests import projects
 
-STAGES = ["validate", "stage1", "stage2", "evaluate", "register"]
+STAGES = ["inputs", "validate", "stage1", "stage2", "evaluate", "register"]
 
 
 def _dvc(project: Path, *arguments: str) -> subprocess.CompletedProcess[str]:

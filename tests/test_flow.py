@@ -43,7 +43,7 @@ def test_the_order_is_read_from_dvc_yaml(toy: Path) -> None:
 
 
 def test_the_repository_takes_care_of_stages_that_exist() -> None:
-    assert graph.stages(projects.REPOSITORY) == ["validate", "stage1", "stage2", "evaluate", "register"]
+    assert graph.stages(projects.REPOSITORY) == ["inputs", "validate", "stage1", "stage2", "evaluate", "register"]
     assert set(tasks.CARE) <= set(graph.stages(projects.REPOSITORY))
 
 

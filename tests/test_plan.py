@@ -148,8 +148,8 @@ def test_what_the_caches_take_is_what_they_hold(paths: Paths, scene_data: Path, 
         mean, spread = model.decoder.encode(x)
         return {"mean": mean, "spread": spread, "features": model.encoder.features(x)}
 
-    cache = ShardCache(tmp_path, "both", {}, "test")
-    cache.fill(scene_data, entries, compute)
+    cache = ShardCache(tmp_path, "both", {}, scene_data, "test", compute)
+    cache.fill(entries)
     held = sum(t.numel() * t.element_size() for e in entries for t in cache.load(e).values())
     assert counted.stored * sum(e.samples for e in entries) == held
 

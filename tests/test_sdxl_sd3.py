@@ -14,7 +14,7 @@ from tests import small_models
 from tests.conftest import profile
 from vlv import config
 from vlv.config import Paths, Timesteps
-from vlv.models import pretrained
+from vlv.models import loading, pretrained
 from vlv.models.autoencoder import Autoencoder, Stage1Batch
 from vlv.models.captioner import Captioner
 from vlv.models.conditioners.base import Context
@@ -293,9 +293,9 @@ def test_what_does_not_belong_together_is_refused_before_work_starts(paths: Path
     with pytest.raises(ValueError, match="width 32, but the text side gives 24"):
         StableDiffusionDecoder(other.vae, other.unet, sd.conditioner, sd.scheduler, image_size=32)
     folder = small_models.save(small_models.sd3(), tmp_path / "decoder")
-    with pytest.raises(pretrained.PretrainedError, match="image_size 30 must be a multiple of 4"):
+    with pytest.raises(loading.PretrainedError, match="image_size 30 must be a multiple of 4"):
         pretrained.decoder(_section("sd3", folder, image_size=30), paths)
-    with pytest.raises(pretrained.PretrainedError, match="text_encoder_3"):
+    with pytest.raises(loading.PretrainedError, match="text_encoder_3"):
         pretrained.decoder(_section("sd3", folder, use_t5=True), paths)
     with pytest.raises(ValidationError, match="kind sdxl has no T5"):
         _section("sdxl", folder, use_t5=True)

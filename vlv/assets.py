@@ -37,6 +37,8 @@ _WHEEL = re.compile(
     r"!(?P<member>[^@]+?)(?:@(?P<sha256>[0-9a-f]{64}))?"
 )
 _HUB = re.compile(r"hf:(?P<datasets>datasets/)?(?P<repository>[\w.-]+/[\w.-]+)(?:@(?P<revision>[\w./-]+))?")
+_PINNED = re.compile(r"wheel:.+@[0-9a-f]{64}|hf:.+@[0-9a-f]{40}")
+_CARD = "README.md"
 _VARIANT = "*.*.safetensors"  # the same weights again: NAME.fp16.safetensors, NAME.non_ema.safetensors
 _DOWNLOAD_SECONDS = 3600
 
@@ -73,9 +75,20 @@ def resolve(reference: str, paths: Paths) -> Path:
 
 
 def describe(reference: str, path: Path) -> dict[str, str]:
-    """`{"reference", "sha256"}` for lineage; the hash is of the content (folder: names and files)."""
-    digest = files.sha256_folder(path) if path.is_dir() else files.sha256_file(path)
+    """`{"reference", "sha256"}` for lineage; the hash is of the content (folder: names and files, without its card)."""
+    digest = files.sha256_folder(path, without=_CARD) if path.is_dir() else files.sha256_file(path)
     return {"reference": reference, "sha256": digest}
+
+
+def content(reference: str, paths: Paths) -> str:
+    """What tells the content of `reference` from any other: the reference itself where it is pinned, else a hash.
+
+    Raises:
+        AssetError: see `resolve`.
+    """
+    if _PINNED.fullmatch(reference):
+        return reference
+    return describe(reference, resolve(reference, paths))["sha256"]
 
 
 def _parse_wheel(reference: str) -> _Wheel:

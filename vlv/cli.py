@@ -16,7 +16,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from vlv import __version__, cli_convert, cli_data, cli_plan, cli_registry
+from vlv import __version__, cli_convert, cli_data, cli_plan, cli_registry, stages
 from vlv.config import Paths
 
 # Exit codes of the library's errors; of all others that it names: ANSWER.
@@ -100,14 +100,7 @@ class Part(StrEnum):
     lm = "lm"
 
 
-class StageName(StrEnum):
-    """A stage of dvc.yaml."""
-
-    validate = "validate"
-    stage1 = "stage1"
-    stage2 = "stage2"
-    evaluate = "evaluate"
-    register = "register"
+StageName = StrEnum("StageName", [(name, name) for name in stages.NAMES])  # type: ignore[misc]  # not read by mypy
 
 
 @app.command()
@@ -121,8 +114,6 @@ def run(
     stage: Annotated[StageName, typer.Argument(help="The stage to run, whether it is stale or not.")],
 ) -> None:
     """Run one stage, stale or not. [dim]To run only what is stale: dvc repro STAGE[/]"""
-    from vlv import stages
-
     stages.run(stage.value, Paths.find())
 
 

@@ -122,12 +122,13 @@ def sha256_file(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def sha256_folder(path: Path) -> str:
-    """Hex SHA-256 over the relative names and contents of all files below `path` (dot files left out)."""
+def sha256_folder(path: Path, without: str = "") -> str:
+    """Hex SHA-256 over the relative names and contents of all files below `path`, without dot files and one name."""
     digest = hashlib.sha256()
     for file in sorted(path.rglob("*")):
         relative = file.relative_to(path)
-        if file.is_file() and not any(part.startswith(".") for part in relative.parts):
+        hidden = any(part.startswith(".") for part in relative.parts)
+        if file.is_file() and not hidden and file.name != without:
             digest.update(f"{relative.as_posix()}\0{sha256_file(file)}\n".encode())
     return digest.hexdigest()
 

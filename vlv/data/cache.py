@@ -1,9 +1,11 @@
 """Tensors of frozen parts, computed once for each shard and kept on disk.
 
 A cache's folder is named by the hash of everything that decides its contents (the part's weights, its input
-size), and each file carries the hash of its shard: a stale or foreign tensor is never used.
+size, the code that computes them, the libraries), and each file carries the hashes of its shard and of its own
+tensors: a stale, foreign or damaged tensor is never used.
 """
 
+import hashlib
 import json
 import logging
 import shutil
@@ -36,18 +38,32 @@ class ShardCache:
         root: folder of all caches.
         kind: what is cached ("latents"); the first part of the folder's name.
         identity: everything that decides the contents besides the shard itself.
-        split: the data folder's split.
+        data, split: the split of the data folder that is read.
+        compute: maps images (B, 3, H, W) uint8 to named tensors (B, ...), which are kept in bfloat16.
+        batch_size: B.
     """
 
-    def __init__(self, root: Path, kind: str, identity: Mapping[str, str], split: str) -> None:
+    def __init__(
+        self,
+        root: Path,
+        kind: str,
+        identity: Mapping[str, str],
+        data: Path,
+        split: str,
+        compute: Compute,
+        batch_size: int = 100,
+    ) -> None:
         digest = files.sha256_bytes(json.dumps(identity, sort_keys=True).encode())
         self.folder = root / f"{kind}-{digest[:16]}" / split
-        self.kind, self._split = kind, split
+        self.kind, self._data, self._split = kind, data, split
+        self._compute, self._batch_size = compute, batch_size
+        self._verified: set[str] = set()  # shards whose tensors this process has compared with their hash
 
     def _path(self, entry: ShardEntry) -> Path:
         return self.folder / f"{Path(entry.name).stem}.safetensors"
 
     def _is_current(self, entry: ShardEntry) -> bool:
+        """Whether there is a whole file for this shard; its tensors are compared when they are loaded."""
         path = self._path(entry)
         if not path.exists():
             return False
@@ -58,20 +74,11 @@ class ShardCache:
             log.warning("%s is damaged; computing it anew", path)
             return False
 
-    def fill(
-        self,
-        data: Path,
-        entries: list[ShardEntry],
-        compute: Compute,
-        batch_size: int = 100,
-        *,
-        rank: int = 0,
-        world_size: int = 1,
-    ) -> None:
-        """Compute what is missing: `compute` maps images (B, 3, H, W) uint8 to named tensors (B, ...).
+    def fill(self, entries: list[ShardEntry], *, rank: int = 0, world_size: int = 1) -> None:
+        """Compute what is missing.
 
-        Tensors are kept in bfloat16. A kill costs at most the shard in work. Each of `world_size` processes
-        computes its share of the shards, then waits for the others'.
+        A kill costs at most the shard in work. Each of `world_size` processes computes its share of the shards,
+        then waits for the others'.
 
         Raises:
             DataError: the others finish no shard for an hour, or the disk has no room for what is missing.
@@ -80,31 +87,32 @@ class ShardCache:
         names = {entry.name for entry in missing}
         mine = [entry for entry in entries[rank::world_size] if entry.name in names]
         if mine:
-            self._compute(data, mine, compute, batch_size, sum(entry.samples for entry in missing))
+            self._make(mine, sum(entry.samples for entry in missing))
         if world_size > 1:
             self._wait(entries)
 
-    def _compute(self, data: Path, entries: list[ShardEntry], compute: Compute, batch_size: int, missing: int) -> None:
+    def _make(self, entries: list[ShardEntry], missing: int) -> None:
         announced = False
         with meter(f"Caching {self.kind} of {self._split}", sum(e.samples for e in entries)) as progress:
             for entry in entries:
-                samples = shards.read_shard(data / self._split / entry.name, entry)
+                samples = shards.read_shard(self._data / self._split / entry.name, entry)
                 parts: list[Mapping[str, torch.Tensor]] = []
-                for i in range(0, len(samples), batch_size):
+                for i in range(0, len(samples), self._batch_size):
                     pixels = [
                         images.decode(s.image, f"shard {entry.name}, sample {s.key}")
-                        for s in samples[i : i + batch_size]
+                        for s in samples[i : i + self._batch_size]
                     ]
                     with torch.no_grad():
-                        computed = compute(images.to_batch(pixels))
+                        computed = self._compute(images.to_batch(pixels))
                     parts.append({name: t.to("cpu", torch.bfloat16) for name, t in computed.items()})
                     if not announced:
                         self._announce(sum(t.nbytes for t in parts[0].values()) / len(pixels), missing)
                         announced = True
                     progress.advance(len(pixels))
                 joined = {name: torch.cat([part[name] for part in parts]).contiguous() for name in parts[0]}
+                marks = {"shard_sha256": entry.sha256, "tensors_sha256": _tensors_sha256(joined)}
                 with files.atomic_path(self._path(entry)) as temporary:
-                    safetensors.torch.save_file(joined, temporary, metadata={"shard_sha256": entry.sha256})
+                    safetensors.torch.save_file(joined, temporary, metadata=marks)
 
     def _announce(self, sample: float, missing: int) -> None:
         """Say how much disk the `missing` samples of so many bytes will take, of all processes together.
@@ -140,12 +148,21 @@ class ShardCache:
     def load(self, entry: ShardEntry) -> dict[str, torch.Tensor]:
         """The tensors of one shard, in file order.
 
-        Raises:
-            DataError: not computed, or computed for another shard.
+        They are compared with their hash when this process loads them first. What is missing or damaged is computed
+        anew, which a warning says.
         """
-        if not self._is_current(entry):
-            raise shards.DataError(f"{self._path(entry)} does not belong to shard {entry.name}; delete it")
-        return safetensors.torch.load_file(self._path(entry))
+        path = self._path(entry)
+        if entry.name not in self._verified:
+            if not self._is_current(entry) or not self._is_whole(path):
+                log.warning("%s is missing or damaged; computing it anew", path)
+                self._make([entry], entry.samples)
+            self._verified.add(entry.name)
+        return safetensors.torch.load_file(path)
+
+    def _is_whole(self, path: Path) -> bool:
+        with safetensors.safe_open(path, "pt") as file:
+            expected = (file.metadata() or {}).get("tensors_sha256")
+        return _tensors_sha256(safetensors.torch.load_file(path)) == expected
 
     def statistics(self, entries: list[ShardEntry], name: str) -> tuple[torch.Tensor, torch.Tensor]:
         """Mean and standard deviation of a cached tensor over all samples, each of one sample's shape, float32."""
@@ -155,3 +172,12 @@ class ShardCache:
             count, total, squares = count + len(values), total + values.sum(0), squares + values.square().sum(0)
         mean = total / count
         return mean.float(), (squares / count - mean.square()).clamp_min(0).sqrt().float()
+
+
+def _tensors_sha256(tensors: Mapping[str, torch.Tensor]) -> str:
+    """Hash of names, shapes, types and values."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
+        digest.update(tensor.contiguous().view(torch.uint8).numpy().data)
+    return digest.hexdigest()

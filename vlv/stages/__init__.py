@@ -1,6 +1,6 @@
 """One function for each stage of the pipeline: where the parts meet.
 
-The stages' order, dependencies and outputs are in dvc.yaml. Each reads params.yaml and what earlier stages
+The stages' dependencies and outputs are in dvc.yaml. Each reads params.yaml and what earlier stages
 left, writes its outputs and returns its figures; each can be killed at any point and run again. A training stage
 starts its own processes where compute.launch says so.
 """
@@ -13,7 +13,7 @@ from typing import Any
 from vlv import config, files
 from vlv.config import Config, Paths
 
-NAMES = ["validate", "stage1", "stage2", "evaluate", "register"]
+NAMES = ["inputs", "validate", "stage1", "stage2", "evaluate", "register"]
 _TRAININGS = {"stage1", "stage2"}
 
 

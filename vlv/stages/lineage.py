@@ -1,16 +1,78 @@
-"""What a result was made from, as hashes: the fingerprint of a training, the content of a pretrained part."""
+"""What a result is made from, as hashes: code and settings of a stage, content of a pretrained part."""
 
 import json
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-
-from vlv import assets, config, files
+from vlv import assets, closure, config, files
 from vlv.config import Config, Paths
 
+if TYPE_CHECKING:
+    import torch
 
-def fingerprint_of(module: torch.nn.Module) -> str:
+# What each stage reads of the configuration. tests/test_closure.py holds dvc.yaml to it.
+SETTINGS = {
+    "validate": ["data"],
+    "stage1": ["data.image_size", "decoder", "encoder", "stage1"],
+    "stage2": ["data.image_size", "decoder", "encoder", "language_model", "stage1", "stage2"],
+    "evaluate": ["data.image_size", "decoder", "encoder", "evaluate", "language_model", "profile", "stage1", "stage2"],
+    "register": ["profile", "register"],
+}
+# How a step is computed, not what: a stopped training may go on with another choice.
+_FREE = {"accumulation", "gradient_checkpointing"}
+# The code that MLflow runs when it serves a registered version.
+_SERVED = ("vlv.serving.captioner_model:CaptionerModel", "vlv.serving.autoencoder_model:AutoencoderModel")
+
+
+def decoder_code(section: config.Decoder) -> list[str]:
+    """Where the code of a kind of decoder begins, as roots for `closure`: it is imported by its kind's name."""
+    return [f"vlv.models.{side}.{section.kind}:build" for side in ("conditioners", "decoders")]
+
+
+def roots(stage: str, settings: Config) -> list[str]:
+    """The functions that a stage's code begins with, for `closure`."""
+    found = [f"vlv.stages.{stage}:run"]
+    if stage != "validate":
+        found += decoder_code(settings.decoder)
+    return [*found, *_SERVED] if stage == "register" else found
+
+
+def inputs(stage: str, settings: Config, paths: Paths) -> dict[str, Any]:
+    """What decides a stage's result besides its data: its code by module, its settings, its pretrained parts.
+
+    Raises:
+        AssetError: a part that is not there.
+    """
+    dump = settings.model_dump(mode="json", by_alias=True)
+    return {
+        "code": closure.sources().reached(roots(stage, settings)),
+        "settings": {key: _setting(dump, key) for key in SETTINGS[stage]},
+        "parts": _parts(stage, settings, paths),
+    }
+
+
+def _parts(stage: str, settings: Config, paths: Paths) -> dict[str, str]:
+    sections: dict[str, config.Encoder | config.Decoder | config.LanguageModel] = {
+        "encoder": settings.encoder,
+        "decoder": settings.decoder,
+        "language_model": settings.language_model,
+    }
+    parts = {name: identity(section, paths) for name, section in sections.items() if name in SETTINGS[stage]}
+    if stage == "evaluate" and settings.evaluate.recogniser:
+        parts["recogniser"] = assets.content(settings.evaluate.recogniser, paths)
+    return parts
+
+
+def _setting(dump: dict[str, Any], key: str) -> Any:
+    value: Any = dump
+    for name in key.split("."):
+        value = value[name]
+    return {name: one for name, one in value.items() if name not in _FREE} if isinstance(value, dict) else value
+
+
+def fingerprint_of(module: "torch.nn.Module") -> str:
     """Hash of all tensors of a module."""
+    import torch
+
     contents = "".join(
         f"{name}:{files.sha256_bytes(t.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())}"
         for name, t in sorted(module.state_dict().items())
@@ -20,24 +82,15 @@ def fingerprint_of(module: torch.nn.Module) -> str:
 
 
 def identity(part: config.Encoder | config.Decoder | config.LanguageModel, paths: Paths) -> str:
-    """The content of a pretrained part: its reference's hash, and whether its weights are drawn anew."""
+    """The content of a pretrained part, and whether its weights are drawn anew."""
     reference = part.architecture if part.weights == "random" and part.architecture else part.pretrained
-    described = assets.describe(reference, assets.resolve(reference, paths))
-    return f"{part.weights}:{described['sha256']}"
+    return f"{part.weights}:{assets.content(reference, paths)}"
 
 
-# How a step is computed, not what: a stopped training may go on with another choice.
-_FREE = {"accumulation", "gradient_checkpointing"}
-
-
-def fingerprint(settings: Config, paths: Paths, sections: list[str]) -> str:
-    """Everything that decides a training: its sections, its data, its pretrained parts."""
-    dump = settings.model_dump(mode="json", by_alias=True)
-    chosen: dict[str, Any] = {name: {k: v for k, v in dump[name].items() if k not in _FREE} for name in sections}
+def fingerprint(stage: str, settings: Config, paths: Paths) -> str:
+    """Everything that decides a training: its code, settings, parts and data, and Stage 1's model for Stage 2."""
+    chosen: dict[str, Any] = inputs(stage, settings, paths)
     chosen["manifest"] = files.sha256_file(paths.data / "manifest.json")
-    for name in ("encoder", "decoder", "language_model"):
-        if name in sections:
-            chosen[f"{name}_content"] = identity(getattr(settings, name), paths)
-    if "stage2" in sections:
+    if stage == "stage2":
         chosen["stage1_weights"] = files.sha256_file(paths.work / "stage1" / "model" / "model.safetensors")
     return files.sha256_bytes(json.dumps(chosen, sort_keys=True).encode())

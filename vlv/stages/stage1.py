@@ -1,11 +1,10 @@
 """Stage 1: train the auto-encoder on images alone (arXiv 2507.07104)."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 
-from vlv import config
 from vlv.config import Config, Paths
 from vlv.data import shards
 from vlv.data.cache import ShardCache
@@ -13,7 +12,7 @@ from vlv.data.loader import ShardLoader
 from vlv.data.prefetch import prefetched
 from vlv.evaluation import report
 from vlv.models.autoencoder import Autoencoder, Stage1Batch
-from vlv.stages import lineage
+from vlv.stages import caches, lineage
 from vlv.stages.record import Record, training_record
 from vlv.training import loop, runtime
 
@@ -29,7 +28,7 @@ def run(settings: Config, paths: Paths) -> dict[str, Any]:
             extra = batch.extra
             yield Stage1Batch(batch.images, extra.get("features"), extra.get("latent_mean"), extra.get("latent_spread"))
 
-    fingerprint = lineage.fingerprint(settings, paths, ["data", "encoder", "decoder", "stage1"])
+    fingerprint = lineage.fingerprint("stage1", settings, paths)
     record = Record("stage1", paths, fingerprint)
     with training_record(record, settings, settings.stage1) as on_log:
         loop.train(model, batches, settings.stage1, record.training, fingerprint, on_log, "Stage 1")
@@ -42,28 +41,18 @@ def _loader(settings: Config, paths: Paths, model: Autoencoder) -> ShardLoader:
     """Training images, or what the frozen parts make of them where the configuration caches that."""
     s = settings.stage1
     rank, world = runtime.rank(), runtime.world()
-    caches: list[ShardCache] = []
     entries = shards.read_manifest(paths.data).splits["train"].shards
-    bf16 = s.precision == "bf16"
-
-    def cache(kind: str, part: config.Encoder | config.Decoder, compute: Callable[[torch.Tensor], Any]) -> None:
-        identity = {"part": lineage.identity(part, paths), "size": str(part.image_size), "precision": s.precision}
-        caches.append(ShardCache(paths.cache, kind, identity, "train"))
-        with torch.autocast(model.device.type, torch.bfloat16, enabled=bf16):
-            caches[-1].fill(paths.data, entries, compute, rank=rank, world_size=world)
-
+    kept: list[ShardCache] = []
     if s.cache_latents:
-        cache(
-            "latents",
-            settings.decoder,
-            lambda x: dict(zip(("latent_mean", "latent_spread"), model.decoder.encode(x), strict=True)),
-        )
+        kept.append(caches.latents(settings, paths, model))
     if s.cache_features:
-        cache("features", settings.encoder, lambda x: {"features": model.encoder.features(x)})
+        kept.append(caches.features(settings, paths, model.encoder, s.precision))
+    for cache in kept:
+        cache.fill(entries, rank=rank, world_size=world)
     by_name = {entry.name: entry for entry in entries}
 
     def extra(name: str) -> dict[str, torch.Tensor]:
-        return {key: value for c in caches for key, value in c.load(by_name[name]).items()}
+        return {key: value for cache in kept for key, value in cache.load(by_name[name]).items()}
 
     return ShardLoader(
         paths.data, "train", runtime.share(s, s.batch_size // s.draws_per_image) * world, seed=s.seed, rank=rank,

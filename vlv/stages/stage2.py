@@ -5,29 +5,26 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from vlv.config import Config, Paths
 from vlv.data import shards, text
-from vlv.data.cache import Compute, ShardCache
+from vlv.data.cache import ShardCache
 from vlv.data.loader import Grouping, ShardLoader
 from vlv.data.prefetch import prefetched
 from vlv.evaluation import report
 from vlv.models.autoencoder import Autoencoder
 from vlv.models.captioner import Captioner, Stage2Batch
 from vlv.models.encoder import CaptionEncoder
-from vlv.stages import lineage
+from vlv.stages import caches, lineage
 from vlv.stages.record import Record, training_record
 from vlv.training import loop, parallel, runtime
 
 _MEASURED = 2000  # samples that a context's mean and spread are taken from where not all are computed
-_SECTIONS = ["data", "encoder", "decoder", "stage1", "language_model", "stage2"]
 
 
 def run(settings: Config, paths: Paths) -> dict[str, Any]:
     """Train on the training pairs."""
     trained = Autoencoder.load(paths.work / "stage1" / "model", paths).encoder  # its decoder takes no part
-    fingerprint = lineage.fingerprint(settings, paths, _SECTIONS)
+    fingerprint = lineage.fingerprint("stage2", settings, paths)
     record = Record("stage2", paths, fingerprint)
     with training_record(record, settings, settings.stage2) as on_log:
         captioner, cut = train_captioner(settings, paths, trained, record.training, fingerprint, on_log, "Stage 2")
@@ -81,9 +78,8 @@ def _loader(settings: Config, paths: Paths, captioner: Captioner) -> ShardLoader
     entries = shards.read_manifest(paths.data).splits["train"].shards
     by_name = {entry.name: entry for entry in entries}
 
-    def filled(cache: ShardCache, compute: Compute, needed: list[shards.ShardEntry]) -> ShardCache:
-        with torch.autocast(captioner.encoder.queries.device.type, torch.bfloat16, enabled=s.precision == "bf16"):
-            cache.fill(paths.data, needed, compute, rank=rank, world_size=world)
+    def filled(cache: ShardCache, needed: list[shards.ShardEntry]) -> ShardCache:
+        cache.fill(needed, rank=rank, world_size=world)
         return cache
 
     kept: ShardCache | None = None
@@ -91,12 +87,12 @@ def _loader(settings: Config, paths: Paths, captioner: Captioner) -> ShardLoader
     if frozen or settings.language_model.standardise_context:
         # A learning encoder's context is needed only to be measured once, where it starts.
         needed = entries if frozen else _first(entries, _MEASURED)
-        contexts = filled(_contexts(settings, paths, captioner), lambda x: {"context": captioner.context(x)}, needed)
+        contexts = filled(caches.contexts(settings, paths, captioner), needed)
         if settings.language_model.standardise_context:
             captioner.prefix.standardise(*contexts.statistics(needed, "context"))
         kept = contexts if frozen else None
     if not frozen and s.cache_features:
-        kept = filled(_features(settings, paths), lambda x: {"features": captioner.encoder.features(x)}, entries)
+        kept = filled(caches.features(settings, paths, captioner.encoder, s.precision), entries)
 
     tokenizer = copy.deepcopy(captioner.tokenizer)  # batches may be fetched in another thread
 
@@ -118,19 +114,3 @@ def _first(entries: list[shards.ShardEntry], samples: int) -> list[shards.ShardE
             break
         needed.append(entry)
     return needed
-
-
-def _contexts(settings: Config, paths: Paths, captioner: Captioner) -> ShardCache:
-    """The context of the encoder as Stage 1 left it."""
-    decoder = lineage.identity(settings.decoder, paths)
-    path = "through" if settings.decoder.use_text_encoder else "direct"
-    identity = {"encoder": lineage.fingerprint_of(captioner.encoder), "part": decoder, "path": path}
-    return ShardCache(paths.cache, "context", identity, "train")
-
-
-def _features(settings: Config, paths: Paths) -> ShardCache:
-    """The frozen vision tower's features, the same as Stage 1's where both have the same precision."""
-    part = settings.encoder
-    precision = settings.stage2.precision
-    identity = {"part": lineage.identity(part, paths), "size": str(part.image_size), "precision": precision}
-    return ShardCache(paths.cache, "features", identity, "train")

@@ -97,7 +97,8 @@ class _Loop:
         self.accelerator = runtime.accelerator(settings)
         self.device: torch.device = self.accelerator.device
         if settings.gradient_checkpointing:
-            log.info("%s: %d blocks compute their activations again", title, blocks.recompute(module))
+            recomputed = blocks.recompute(module)
+            log.info("%s: %d blocks compute their activations again", title, recomputed)
         if settings.frozen_precision == "bf16":
             blocks.store_frozen_in_bf16(module)
         parameters = optim.trainable(module)

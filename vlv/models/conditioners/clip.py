@@ -5,11 +5,16 @@ its own to the bit (tests/test_decoder.py).
 """
 
 from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
-from transformers import CLIPTextModel, CLIPTextModelWithProjection, PreTrainedTokenizerBase
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, PreTrainedTokenizerBase
 from transformers.masking_utils import create_causal_mask
+
+from vlv import config
+from vlv.models import loading
 
 
 def penultimate(model: CLIPTextModel, embeddings: torch.Tensor) -> torch.Tensor:
@@ -88,3 +93,9 @@ class ClipReader(nn.Module):
         output = self.model(input_ids=ids.to(self.model.device), output_hidden_states=True)
         summary = output.text_embeds if isinstance(self.model, CLIPTextModelWithProjection) else output.pooler_output
         return output.hidden_states[-2], summary
+
+
+def build_reader(cls: Any, folder: Path, number: str, weights: config.Weights) -> ClipReader:
+    """The text encoder and tokenizer with that number ("" or "_2") in a diffusers folder; `cls` is the encoder's."""
+    model = loading.text_encoder(cls, CLIPTextConfig, folder, f"text_encoder{number}", weights)
+    return ClipReader(model, loading.words(folder / f"tokenizer{number}"))

@@ -1,13 +1,16 @@
 """The text side of Stable Diffusion 3 and 3.5: two CLIP text encoders, and T5 where it is wanted."""
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 from torch import nn
-from transformers import PreTrainedTokenizerBase, T5EncoderModel
+from transformers import CLIPTextModelWithProjection, PreTrainedTokenizerBase, T5Config, T5EncoderModel
 
+from vlv import config
+from vlv.models import loading
 from vlv.models.conditioners.base import Conditioner, Context
-from vlv.models.conditioners.clip import ClipReader, tokenize
+from vlv.models.conditioners.clip import ClipReader, build_reader, tokenize
 
 T5_TOKENS = 256  # length of T5's part, also where it is absent: StableDiffusion3Pipeline's max_sequence_length
 
@@ -84,3 +87,14 @@ class SD3Conditioner(Conditioner[Context]):
         (first, first_pooled), (second, second_pooled) = self.first.read(prompts), self.second.read(prompts)
         pooled = torch.cat([first_pooled, second_pooled], -1)
         return Context(torch.cat([first, second], -1), pooled, None if self.t5 is None else self.t5.read(prompts))
+
+
+def build(section: config.Decoder, folder: Path) -> SD3Conditioner:
+    """The text side in a diffusers folder."""
+    first = build_reader(CLIPTextModelWithProjection, folder, "", section.weights)
+    second = build_reader(CLIPTextModelWithProjection, folder, "_2", section.weights)
+    t5 = None
+    if section.use_t5:
+        model = loading.text_encoder(T5EncoderModel, T5Config, folder, "text_encoder_3", section.weights)
+        t5 = T5Reader(model, loading.words(folder / "tokenizer_3"))
+    return SD3Conditioner(first, second, t5, use_text_encoder=section.use_text_encoder)

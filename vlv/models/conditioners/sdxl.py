@@ -1,11 +1,14 @@
 """The text side of Stable Diffusion XL: two CLIP text encoders side by side, the second one's summary as pooled."""
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
+from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
+from vlv import config
 from vlv.models.conditioners.base import Conditioner, Context
-from vlv.models.conditioners.clip import ClipReader
+from vlv.models.conditioners.clip import ClipReader, build_reader
 
 
 class SDXLConditioner(Conditioner[Context]):
@@ -46,3 +49,10 @@ class SDXLConditioner(Conditioner[Context]):
         first, _ = self.first.read(prompts)
         second, pooled = self.second.read(prompts)
         return Context(torch.cat([first, second], -1), pooled)
+
+
+def build(section: config.Decoder, folder: Path) -> SDXLConditioner:
+    """The text side in a diffusers folder."""
+    first = build_reader(CLIPTextModel, folder, "", section.weights)
+    second = build_reader(CLIPTextModelWithProjection, folder, "_2", section.weights)
+    return SDXLConditioner(first, second, use_text_encoder=section.use_text_encoder)

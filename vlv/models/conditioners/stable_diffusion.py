@@ -1,10 +1,13 @@
 """The text side of Stable Diffusion 1.x and 2.x: one CLIP text encoder, whose final states are the context."""
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
-from transformers import CLIPTextModel, PreTrainedTokenizerBase
+from transformers import CLIPTextConfig, CLIPTextModel, PreTrainedTokenizerBase
 
+from vlv import config
+from vlv.models import loading
 from vlv.models.conditioners import clip
 from vlv.models.conditioners.base import Conditioner
 
@@ -55,3 +58,9 @@ class TextConditioner(Conditioner[torch.Tensor]):
 
     def _encode(self, embeddings: torch.Tensor) -> torch.Tensor:
         return clip.finish(self.text_encoder, clip.penultimate(self.text_encoder, embeddings))
+
+
+def build(section: config.Decoder, folder: Path) -> TextConditioner:
+    """The text side in a diffusers folder."""
+    text_encoder = loading.text_encoder(CLIPTextModel, CLIPTextConfig, folder, "text_encoder", section.weights)
+    return TextConditioner(text_encoder, loading.words(folder / "tokenizer"), use_text_encoder=section.use_text_encoder)

@@ -12,7 +12,14 @@ from typing import Any, Generic
 
 import torch
 import torch.nn.functional as F
-from diffusers import AutoencoderKL, DDPMScheduler, DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler
+from diffusers import (
+    AutoencoderKL,
+    DDPMScheduler,
+    DPMSolverMultistepScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    UNet2DConditionModel,
+)
+from diffusers.models.attention_processor import AttnProcessor
 from torch import nn
 
 from vlv import draws, images
@@ -171,3 +178,9 @@ def _together(first: C, second: C) -> C:
     if isinstance(first, Context):
         return first.followed_by(second)
     return torch.cat([first, second])
+
+
+def plain_attention(unet: UNet2DConditionModel) -> None:
+    """On a CPU, take plain products: the flash kernel's backward for small heads costs more."""
+    if not torch.cuda.is_available():
+        unet.set_attn_processor(AttnProcessor())

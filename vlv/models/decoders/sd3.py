@@ -1,11 +1,14 @@
 """Stable Diffusion 3 and 3.5: a multimodal diffusion transformer (MMDiT) that learned rectified flow."""
 
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel
 
+from vlv import config
+from vlv.models import loading
 from vlv.models.conditioners.base import Context, fit
 from vlv.models.conditioners.sd3 import T5_TOKENS, SD3Conditioner
 from vlv.models.decoders.base import Decoder
@@ -92,3 +95,11 @@ class SD3Decoder(Decoder[Context]):
     def sampler(self) -> Any:
         """Euler's method on the flow, with the pretrained schedule's shift."""
         return FlowMatchEulerDiscreteScheduler.from_config(self.scheduler.config)
+
+
+def build(section: config.Decoder, folder: Path, conditioner: SD3Conditioner) -> SD3Decoder:
+    """The decoder in a diffusers folder."""
+    vae = loading.diffusers_part(AutoencoderKL, folder, "vae", section.weights)
+    transformer = loading.diffusers_part(SD3Transformer2DModel, folder, "transformer", section.weights)
+    schedule = loading.schedule(FlowMatchEulerDiscreteScheduler, folder)
+    return SD3Decoder(vae, transformer, conditioner, schedule, image_size=section.image_size)

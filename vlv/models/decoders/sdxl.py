@@ -1,14 +1,16 @@
 """Stable Diffusion XL: a UNet that also takes a pooled text vector and the sizes of its picture."""
 
+from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, DDPMScheduler, DPMSolverMultistepScheduler, UNet2DConditionModel
 
+from vlv import config
+from vlv.models import loading
 from vlv.models.conditioners.base import Context
 from vlv.models.conditioners.sdxl import SDXLConditioner
-from vlv.models.decoders.base import Decoder
-from vlv.models.decoders.stable_diffusion import plain_attention
+from vlv.models.decoders.base import Decoder, plain_attention
 
 
 class SDXLDecoder(Decoder[Context]):
@@ -55,3 +57,11 @@ class SDXLDecoder(Decoder[Context]):
         return DPMSolverMultistepScheduler.from_config(
             self.scheduler.config, use_karras_sigmas=True, euler_at_final=True
         )
+
+
+def build(section: config.Decoder, folder: Path, conditioner: SDXLConditioner) -> SDXLDecoder:
+    """The decoder in a diffusers folder."""
+    vae = loading.diffusers_part(AutoencoderKL, folder, "vae", section.weights)
+    unet = loading.diffusers_part(UNet2DConditionModel, folder, "unet", section.weights)
+    schedule = loading.schedule(DDPMScheduler, folder)
+    return SDXLDecoder(vae, unet, conditioner, schedule, image_size=section.image_size)

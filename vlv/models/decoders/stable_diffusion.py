@@ -1,14 +1,16 @@
 """Stable Diffusion 1.x and 2.x: a UNet that attends to the context."""
 
 import math
+from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
-from diffusers.models.attention_processor import AttnProcessor
 
+from vlv import config
+from vlv.models import loading
 from vlv.models.conditioners.base import fit
 from vlv.models.conditioners.stable_diffusion import TextConditioner
-from vlv.models.decoders.base import Decoder
+from vlv.models.decoders.base import Decoder, plain_attention
 
 
 class StableDiffusionDecoder(Decoder[torch.Tensor]):
@@ -52,12 +54,6 @@ class StableDiffusionDecoder(Decoder[torch.Tensor]):
         return fit(empty, context.shape[1]).expand_as(context)
 
 
-def plain_attention(unet: UNet2DConditionModel) -> None:
-    """On a CPU, take plain products: the flash kernel's backward for small heads costs more."""
-    if not torch.cuda.is_available():
-        unet.set_attn_processor(AttnProcessor())
-
-
 def coordinate_channels(size: int, count: int) -> torch.Tensor:
     """Constant input channels (1, count, size, size) that tell a UNet where it is.
 
@@ -75,3 +71,11 @@ def coordinate_channels(size: int, count: int) -> torch.Tensor:
     across = stacked[:, None, :].expand(-1, size, -1)
     down = stacked[:, :, None].expand(-1, -1, size)
     return torch.cat([across, down])[None].contiguous()
+
+
+def build(section: config.Decoder, folder: Path, conditioner: TextConditioner) -> StableDiffusionDecoder:
+    """The decoder in a diffusers folder."""
+    vae = loading.diffusers_part(AutoencoderKL, folder, "vae", section.weights)
+    unet = loading.diffusers_part(UNet2DConditionModel, folder, "unet", section.weights)
+    schedule = loading.schedule(DDPMScheduler, folder)
+    return StableDiffusionDecoder(vae, unet, conditioner, schedule, image_size=section.image_size)

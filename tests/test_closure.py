@@ -1,0 +1,162 @@
+"""A stage's inputs are the code that it runs, its settings and its parts: nothing less, and little more."""
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from tests import projects
+from tests.conftest import ROOT, profile
+from vlv import closure, config, files
+from vlv.stages import lineage
+
+TRAINED = {"stage1", "stage2", "evaluate"}  # evaluate trains a control
+MODELS = TRAINED | {"register"}  # what is registered carries the code that serves it
+
+
+@pytest.fixture
+def package(tmp_path: Path) -> Path:
+    """A copy of the package to edit."""
+    return Path(shutil.copytree(closure.PACKAGE, tmp_path / "vlv", ignore=shutil.ignore_patterns("__pycache__")))
+
+
+def _codes(package: Path, kind: str = "tiny") -> dict[str, dict[str, str]]:
+    """Stage -> hashes of its code, with the sources in `package`."""
+    settings = profile(kind)
+    sources = closure.Sources(package)
+    return {stage: sources.reached(lineage.roots(stage, settings)) for stage in lineage.SETTINGS}
+
+
+def _changed(package: Path, edit: Callable[[], Any], kind: str = "tiny") -> set[str]:
+    """The stages that an edit makes stale."""
+    before = _codes(package, kind)
+    edit()
+    after = _codes(package, kind)
+    return {stage for stage in before if before[stage] != after[stage]}
+
+
+def _replace(path: Path, old: str, new: str) -> None:
+    text = path.read_text(encoding="utf-8")
+    assert text.count(old) == 1, f"{path} has {old!r} {text.count(old)} times"
+    path.write_text(text.replace(old, new), encoding="utf-8")
+
+
+@pytest.mark.parametrize(("file", "old", "new", "stale"), [
+    ("models/decoders/base.py", "posterior.std * scale", "posterior.std * scale * 3.0", MODELS),
+    ("models/conditioners/stable_diffusion.py", "return self.condition(embeddings)\n",
+     "return self.condition(embeddings) * 2.0\n", MODELS),
+    ("scenes.py", "return Scene(background, tuple(sorted(objects)))", "return Scene(0, tuple(sorted(objects)))",
+     {"evaluate"}),
+    ("data/loader.py", "+ self._rank * local", "+ self._rank * local + 1", TRAINED),
+    ("images.py", "batch.float() / 127.5 - 1.0", "batch.float() / 127.5 - 1.1", MODELS),
+    ("training/optim.py", "return warmup * share", "return share", TRAINED),
+    ("models/captioner.py", "if begin is None else", "if begin == 7 else", MODELS - {"stage1"}),
+    ("evaluation/reconstruct.py", "255**2", "256**2", {"evaluate"}),
+    ("data/expectations.py", "min_value=gate.min_side", "min_value=gate.min_side + 1", {"validate"}),
+    ("serving/captioner_model.py", "images.decode(", "images.shrink(", {"register"}),
+], ids=lambda value: value if isinstance(value, str) and value.endswith(".py") else "")  # fmt: skip
+def test_a_change_that_decides_a_number_makes_its_stages_stale(
+    package: Path, file: str, old: str, new: str, stale: set[str]
+) -> None:
+    assert _changed(package, lambda: _replace(package / file, old, new)) == stale
+
+
+def _add(path: Path, text: str) -> None:
+    path.write_text(path.read_text(encoding="utf-8") + text, encoding="utf-8")
+
+
+def test_words_plots_logs_and_other_kinds_make_nothing_stale(package: Path) -> None:
+    edits: list[Callable[[], Any]] = [
+        lambda: _replace(package / "models/encoder.py", "learnable queries and a projection.", "queries."),
+        lambda: _replace(package / "training/energy.py", "Joules since it was made", "Joules"),
+        lambda: _replace(package / "evaluation/report.py", "#3867d6", "#ff0000"),
+        lambda: _replace(package / "training/loop.py", "the loss is {total} at step", "at step"),
+        lambda: _replace(package / "training/checkpoint.py", "going back to the one before it", "passed over"),
+        lambda: _add(package / "models/decoders/sd3.py", "\n\nNEW = 1\n"),
+        lambda: (package / "models/decoders/new.py").write_text("class NewDecoder: ...\n"),
+        lambda: _replace(package / "config/models.py", '"sdxl", "sd3"', '"sdxl", "sd3", "new"'),
+        lambda: (package / "evaluation/new_metric.py").write_text("def metric() -> float:\n    return 1.0\n"),
+        lambda: _add(package / "evaluation/scenes.py", "\n\ndef new_metric() -> float:\n    return 1.0\n"),
+        lambda: _add(package / "models/encoder.py", "\n# a comment\n"),
+    ]  # fmt: skip
+    assert [_changed(package, edit) for edit in edits] == [set()] * len(edits)
+
+
+def test_only_the_configured_kind_of_decoder_counts(package: Path) -> None:
+    sd3 = package / "models/decoders/sd3.py"
+    edit = lambda: _replace(sd3, "sigma * noise + (1.0 - sigma)", "sigma * noise + (1.1 - sigma)")  # noqa: E731
+    assert _changed(package, edit, "sd35") == MODELS
+    for kind in ("stable_diffusion", "sdxl", "sd3"):
+        found = closure.sources().reached([f"vlv.models.{side}.{kind}:build" for side in ("conditioners", "decoders")])
+        others = {"stable_diffusion", "sdxl", "sd3"} - {kind}
+        assert not [name for name in found if name.rpartition(".")[2] in others]
+
+
+def test_the_layout_of_the_source_does_not_matter(package: Path) -> None:
+    import ast
+
+    def relayout() -> None:
+        for path in package.rglob("*.py"):
+            path.write_text(ast.unparse(ast.parse(path.read_text(encoding="utf-8"))), encoding="utf-8")
+
+    assert _changed(package, relayout) == set()
+
+
+def test_a_name_that_does_not_exist_is_an_error() -> None:
+    for root in ("vlv.nowhere:run", "vlv.images:nothing", "vlv.models.encoder:CaptionEncoder.nothing"):
+        with pytest.raises(KeyError):
+            closure.sources().reached([root])
+
+
+def test_defaults_and_parts_are_inputs_and_cards_are_not(tmp_path: Path) -> None:
+    settings = profile("tiny")
+    shutil.copytree(ROOT / "pretrained", tmp_path / "pretrained")
+    paths = config.Paths(tmp_path)
+
+    def inputs() -> dict[str, Any]:
+        return {stage: lineage.inputs(stage, settings, paths) for stage in lineage.SETTINGS}
+
+    before = inputs()
+    # A default, which no params.yaml shows.
+    assert before["stage1"]["settings"]["stage1"]["same_noise"] is False
+    assert "accumulation" not in before["stage1"]["settings"]["stage1"]  # how a step is computed, not what
+    card = tmp_path / "pretrained/tiny/encoder/README.md"
+    card.write_text(card.read_text() + "One more word.\n")
+    assert inputs() == before
+    weights = tmp_path / "pretrained/tiny/language_model/model.safetensors"
+    weights.write_bytes(weights.read_bytes() + b" ")
+    after = inputs()
+    assert {stage for stage in before if before[stage] != after[stage]} == {"stage2", "evaluate"}
+
+
+def test_the_graph_depends_on_the_inputs_and_settings_of_the_library() -> None:
+    graph: dict[str, Any] = yaml.safe_load((ROOT / "dvc.yaml").read_text(encoding="utf-8"))["stages"]
+    assert sorted(graph["inputs"]["outs"]) == sorted(f"work/inputs/{stage}.json" for stage in lineage.SETTINGS)
+    for stage, settings in lineage.SETTINGS.items():
+        assert f"work/inputs/{stage}.json" in graph[stage]["deps"]
+        assert graph[stage]["params"] == settings
+
+
+@pytest.fixture(scope="module")
+def smoke(tmp_path_factory: pytest.TempPathFactory, sprites: Path) -> Path:
+    project = projects.smoke(tmp_path_factory.mktemp("called") / "project", sprites)
+    made = projects.run(projects.python("-m", "vlv", "data", "download"), project)
+    assert made.returncode == 0, made.stderr
+    return project
+
+
+def test_every_function_that_a_stage_calls_is_in_its_inputs(smoke: Path) -> None:
+    script = projects.python(str(ROOT / "tests" / "called.py"), "called.json")
+    done = projects.run(script, smoke, PYTHONPATH=str(smoke))
+    assert done.returncode == 0, done.stderr
+    called_by: dict[str, list[str]] = files.read_json(smoke / "called.json")
+    # The settings check themselves, what they say is an input; `reporting` tells a worker's parent of an error.
+    beside = (*closure.NEUTRAL, "vlv.config", "vlv.stages:", "vlv.training.workers:reporting")
+    for stage in lineage.SETTINGS:
+        called = {name for name in called_by[stage] if not name.startswith(beside)}
+        found = {f"{s.module}:{s.name}" for s in closure.sources().symbols(lineage.roots(stage, profile("smoke")))}
+        assert len(called) > 10
+        assert called - found == set(), stage
