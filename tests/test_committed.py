@@ -1,8 +1,8 @@
 """What is committed fits together: each file is held to the others beside it, never to this repository's history.
 
-HEAD is read where this folder is a git repository, since whoever has just trained has other results in the work tree; an
-archive without git is what was committed. In a fork that trained something else, what only the shipped run can be held
-to is skipped by name.
+HEAD is read where this folder is a git repository, since whoever has just trained has other results in the work tree;
+an archive without git is what was committed. In a fork that trained something else, what only the shipped run can be
+held to is skipped by name.
 """
 
 import json
@@ -113,7 +113,9 @@ def readme_shows_the_runs_figures(committed: Committed, scratch: Path) -> None:
 def readme_shows_the_variants_figures(committed: Committed, scratch: Path) -> None:
     """Each row of README that names its `make variant NAME=...`."""
     rows = {
-        found[1]: line for line in committed.text("README.md").splitlines() if (found := re.search(r"NAME=([\w-]+)", line))
+        found[1]: line
+        for line in committed.text("README.md").splitlines()
+        if (found := re.search(r"NAME=([\w-]+)", line))
     }
     measured = {name: committed.find(f"metrics/variants/{name}/evaluate.json") for name in rows}
     if not any(measured.values()):
