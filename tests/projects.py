@@ -3,6 +3,7 @@
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -105,6 +106,16 @@ def toy(folder: Path, sprites: Path) -> Path:
     return folder
 
 
+def prepare(folder: Path) -> Path:
+    """Make a project's data and pin it, and make the tables of its tracking store; commit."""
+    tables = "from vlv import tracking; from vlv.config import Paths; tracking.prepare(Paths.find())"
+    for command in (("-m", "vlv", "data", "download"), ("-c", tables)):
+        done = run(python(*command), folder)
+        assert done.returncode == 0, done.stderr
+    commit(folder, "data")
+    return folder
+
+
 def commit(folder: Path, message: str) -> None:
     subprocess.run(["git", "add", "--all"], cwd=folder, check=True)
     subprocess.run(["git", "commit", "--quiet", "--allow-empty", "-m", message], cwd=folder, check=True)
@@ -125,8 +136,8 @@ def smoke(folder: Path, sprites: Path) -> Path:
     return folder
 
 
-def kill_after(project: Path, stage: str, lines: int) -> bool:
-    """Start the stage and kill -9 it once its curve has so many lines; False if it was too fast."""
+def kill_after(project: Path, stage: str, lines: int, seconds: float = 0.0) -> bool:
+    """Start the stage and kill -9 it once its curve has so many lines, `seconds` later; False if it was too fast."""
     process = subprocess.Popen(
         python("-m", "vlv", "run", stage), cwd=project, env=environment(),
         stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
@@ -134,8 +145,8 @@ def kill_after(project: Path, stage: str, lines: int) -> bool:
     while process.poll() is None:
         curves = list((project / "work" / stage).glob("training-*/curve.jsonl"))
         if curves and len(files.read_json_lines(curves[0])) >= lines:
+            time.sleep(seconds)
             process.kill()
-            process.wait()
-            return True
+            return process.wait() == -signal.SIGKILL
         time.sleep(0.005)
     return False

@@ -64,7 +64,9 @@ def mlflow(home: Path) -> Iterator[str]:
     store = ["--backend-store-uri", f"sqlite:///{home}/mlflow.db", "--artifacts-destination", str(home / "artifacts")]
     command = projects.python("-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1")
     url = f"http://127.0.0.1:{port}"
-    with _process([*command, *store], home, MLFLOW_DISABLE_TELEMETRY="true"):
+    # Without its job runners: seven processes that nothing here has work for.
+    quiet = {"MLFLOW_DISABLE_TELEMETRY": "true", "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
+    with _process([*command, *store], home, **quiet):
         experiments = {"max_results": 1}
         wait(lambda: get(f"{url}/api/2.0/mlflow/experiments/search", experiments) is not None, "the MLflow server")
         yield url

@@ -149,6 +149,7 @@ def smoke(tmp_path_factory: pytest.TempPathFactory, sprites: Path) -> Path:
     return project
 
 
+@pytest.mark.training
 def test_every_function_that_a_stage_calls_is_in_its_inputs(smoke: Path) -> None:
     script = projects.python(str(ROOT / "tests" / "called.py"), "called.json")
     done = projects.run(script, smoke, PYTHONPATH=str(smoke))
