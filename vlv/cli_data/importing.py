@@ -65,7 +65,7 @@ def import_images(
     - [bold]shards[/]: another data folder of ours; its splits stay as they are
 
     Each image left out is named by a reason and counted. A killed import goes on where it was, with the same result.
-    Then set data.source in params.yaml to `kind: imported`.
+    The profile comes first, since it says how large the images are cut: [bold]vlv config use photos[/]
 
     [dim]vlv data import ~/photos[/]
 
@@ -80,7 +80,8 @@ def import_images(
     from vlv.data.readers.formats import ReadOptions
 
     paths = Paths.find()
-    data = config.load(paths).data
+    settings = config.load(paths)
+    data = settings.data
     place = assets.resolve(source, paths) if source.startswith("hf:") else Path(source).expanduser()
     chosen = tell_format(place, format_)
     wanted = Wanted(
@@ -97,7 +98,11 @@ def import_images(
         pinning.pin(paths, report.manifest.source)
         typer.echo(f"Pinned in {pinning.POINTER} (commit it)")
     if data.source.kind != "imported":
-        typer.echo("Next: in params.yaml set data.source to {kind: imported, description: ...}")
+        typer.echo(
+            f"params.yaml is the profile {settings.profile}, whose data is made here: the next run would replace these "
+            "images. For own ones: vlv config use photos, then the same import again (or data.source: {kind: imported} "
+            "in params.yaml)."
+        )
 
 
 def tell_format(source: Path, asked: Format | None) -> Format:

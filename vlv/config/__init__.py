@@ -11,7 +11,7 @@ from pydantic import Field, ValidationError, model_validator
 
 from vlv import files
 from vlv.config.base import ConfigError, Precision, Section, Weights
-from vlv.config.compute import Compute
+from vlv.config.compute import Compute, LaunchByStage
 from vlv.config.data import Data, DataGate, ImportedSource, Resize, ScenesSource
 from vlv.config.models import Decoder, Encoder, Generation, LanguageModel
 from vlv.config.paths import Paths
@@ -21,9 +21,9 @@ from vlv.config.training import Lora, Optimizer, Stage1, Stage2, Timesteps, Trai
 
 __all__ = [
     "Compute", "Config", "ConfigError", "Data", "DataGate", "Decoder", "Encoder", "Evaluate", "Generation",
-    "ImportedSource", "LanguageModel", "Lora", "Optimizer", "Paths", "Precision", "Register", "Resize",
-    "ScenesSource", "Section", "Stage1", "Stage2", "Timesteps", "Tracking", "Training",
-    "Weights", "load", "parse", "profiles", "use",
+    "ImportedSource", "LanguageModel", "LaunchByStage", "Lora", "Optimizer", "Paths", "Precision", "Register", "Resize",
+    "ScenesSource", "Section", "Stage1", "Stage2", "Timesteps", "Tracking", "Training", "Weights", "load", "parse",
+    "profiles", "use",
 ]  # fmt: skip
 
 

@@ -21,10 +21,12 @@ class ScenesSource(Section):
 
 
 class ImportedSource(Section):
-    """Images brought in by `vlv data import`; the command records here where they came from."""
+    """Images brought in by `vlv data import`, which notes in the data's manifest where they come from."""
 
     kind: Literal["imported"]
-    description: str = Field(description="where the images come from; shown in reports")
+    description: str | None = Field(
+        default=None, description="which images the profile is made for; for readers, nothing is decided by it"
+    )
 
 
 class DataGate(Section):
