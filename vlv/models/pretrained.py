@@ -83,12 +83,16 @@ def encoder(
     attention = "eager" if section.dropout else loading.attention()  # a fused kernel draws its own masks
     with loading.building("encoder", folder, section.weights):
         if section.weights == "random":
-            settings = Florence2Config.from_pretrained(folder)
+            settings = Florence2Config.from_pretrained(folder, trust_remote_code=False)
             settings._attn_implementation = attention
             florence = Florence2ForConditionalGeneration(settings).float()
         else:
             florence = Florence2ForConditionalGeneration.from_pretrained(
-                folder, use_safetensors=True, dtype=torch.float32, attn_implementation=attention
+                folder,
+                use_safetensors=True,
+                dtype=torch.float32,
+                attn_implementation=attention,
+                trust_remote_code=False,
             )
     words = loading.tokenizer(folder) if section.prompt else None
     mean, std = encoders.processor_statistics(folder)
@@ -116,11 +120,17 @@ def language_model_alone(section: config.LanguageModel, paths: Paths) -> PreTrai
     folder = folder_of(section, paths)
     with loading.building("language model", folder, section.weights):
         if section.weights == "random":
-            settings = AutoConfig.from_pretrained(folder)
-            model = AutoModelForCausalLM.from_config(settings, attn_implementation=loading.attention()).float()
+            settings = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+            model = AutoModelForCausalLM.from_config(
+                settings, attn_implementation=loading.attention(), trust_remote_code=False
+            ).float()
         else:
             model = AutoModelForCausalLM.from_pretrained(
-                folder, use_safetensors=True, dtype=torch.float32, attn_implementation=loading.attention()
+                folder,
+                use_safetensors=True,
+                dtype=torch.float32,
+                attn_implementation=loading.attention(),
+                trust_remote_code=False,
             )
     built: PreTrainedModel = model.eval()
     return built

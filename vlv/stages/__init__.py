@@ -43,5 +43,4 @@ def _run_in_workers(stage: str, launch: str, paths: Paths) -> dict[str, Any]:
     from vlv.training import workers
 
     workers.run([sys.executable, "-m", "vlv", "run", stage], paths.root / launch, paths.root, dict(os.environ))
-    figures: dict[str, Any] = files.read_json(paths.metrics / f"{stage}.json")
-    return figures
+    return files.read_json_object(paths.metrics / f"{stage}.json")

@@ -1,9 +1,9 @@
 """Captions as they lie beside images: text or JSON files, and one of several by a named rule."""
 
-import json
 from collections.abc import Sequence
 from typing import Any
 
+from vlv import files
 from vlv.data.readers.found import rank
 from vlv.data.readers.names import Rule
 
@@ -48,7 +48,7 @@ def parse_json(data: bytes) -> dict[str, Any]:
     Raises:
         ValueError: not JSON, or no object.
     """
-    value = json.loads(data)
+    value = files.parse_json(data, "the JSON beside the image", "Correct it.")
     if not isinstance(value, dict):
         raise ValueError("the JSON holds no object")
     return value
