@@ -16,7 +16,6 @@ from vlv.progress import meter
 
 log = logging.getLogger(__name__)
 
-_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 _TOGETHER = 16
 
 
@@ -59,9 +58,9 @@ def find_images(folder: Path) -> list[Path]:
     """
     if not folder.exists():
         raise NoImagesError(f"{folder} does not exist")
-    found = [folder] if folder.is_file() else sorted(p for p in folder.rglob("*") if p.suffix.lower() in _SUFFIXES)
+    found = [folder] if folder.is_file() else sorted(p for p in folder.rglob("*") if p.suffix.lower() in images.SUFFIXES)
     if not found:
-        raise NoImagesError(f"{folder} holds no image ({', '.join(sorted(_SUFFIXES))})")
+        raise NoImagesError(f"{folder} holds no image ({', '.join(sorted(images.SUFFIXES))})")
     return found
 
 

@@ -6,9 +6,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
+from vlv import images
+
 Split = Literal["train", "validation", "test"]
 
-IMAGES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"})
+IMAGES = images.SUFFIXES
 
 
 @dataclass(frozen=True)
