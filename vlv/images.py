@@ -53,10 +53,10 @@ def _opened(data: bytes, name: str) -> Iterator[Image.Image]:
 
 
 def decode(data: bytes, name: str = "image") -> Pixels:
-    """Decode one of the `FORMATS`, whatever the file is called, to (H, W, 3) uint8 RGB, upright by its EXIF orientation.
+    """Decode one of the `FORMATS` to (H, W, 3) uint8 RGB, upright by its EXIF orientation.
 
-    Transparent pixels are laid on white; of a moving picture the first frame counts. No program is started. `name`
-    is what an error calls the image.
+    The content says which format it is, not the file's name, and no program is started. Transparent pixels are laid
+    on white; of a moving picture the first frame counts. `name` is what an error calls the image.
 
     Raises:
         ImageError: of no such format, unreadable, truncated or larger than `MAX_PIXELS`.

@@ -58,7 +58,9 @@ def find_images(folder: Path) -> list[Path]:
     """
     if not folder.exists():
         raise NoImagesError(f"{folder} does not exist")
-    found = [folder] if folder.is_file() else sorted(p for p in folder.rglob("*") if p.suffix.lower() in images.SUFFIXES)
+    found = (
+        [folder] if folder.is_file() else sorted(p for p in folder.rglob("*") if p.suffix.lower() in images.SUFFIXES)
+    )
     if not found:
         raise NoImagesError(f"{folder} holds no image ({', '.join(sorted(images.SUFFIXES))})")
     return found

@@ -1,10 +1,11 @@
 """Captions as they lie beside images: text or JSON files, and one of several by a named rule."""
 
 import json
+import math
 from collections.abc import Sequence
 from typing import Any
 
-from vlv.data.readers.found import rank
+from vlv.data.readers.found import is_text, rank
 from vlv.data.readers.names import Rule
 
 # Where a JSON object says what it shows, in the order in which we look.
@@ -27,15 +28,18 @@ def pick(value: Any, rule: Rule, seed: int, name: str) -> tuple[str | None, dict
     """A caption from text or a list of texts, and the others as `{"captions": [...]}` for the sample's JSON.
 
     Raises:
-        ValueError: neither of them.
+        ValueError: neither of them, or text with half characters in it.
     """
     if value is None:
         return None, {}
-    if isinstance(value, str):
-        return value, {}
-    if isinstance(value, list) and all(isinstance(one, str) for one in value):
-        if not value:
+    texts = [value] if isinstance(value, str) else value
+    if isinstance(texts, list) and all(isinstance(one, str) for one in texts):
+        if not texts:
             return None, {}
+        if not all(is_text(one) for one in texts):
+            raise ValueError("the caption holds half a character (a lone surrogate)")
+        if isinstance(value, str):
+            return value, {}
         chosen = choose(value, rule, seed, name)
         others = [text for i, text in enumerate(value) if i != chosen]
         return value[chosen], {"captions": others} if others else {}
@@ -48,7 +52,10 @@ def parse_json(data: bytes) -> dict[str, Any]:
     Raises:
         ValueError: not JSON, or no object.
     """
-    value = json.loads(data)
+    try:
+        value = json.loads(data)
+    except RecursionError as error:
+        raise ValueError("the JSON is nested too deeply") from error
     if not isinstance(value, dict):
         raise ValueError("the JSON holds no object")
     return value
@@ -60,9 +67,14 @@ def of_json(value: dict[str, Any]) -> Any:
 
 
 def facts(value: dict[str, Any]) -> dict[str, Any]:
-    """Plain values of a foreign JSON object that are worth keeping (URL, sizes, scores); NaN is left out."""
-    return {
-        key: one
-        for key, one in value.items()
-        if isinstance(one, str | int | float | bool) and key not in _LEFT_OUT and one == one
-    }
+    """Plain values of a foreign JSON object that are worth keeping (URL, sizes, scores).
+
+    Numbers that are none (NaN, Infinity) and half characters are left out: they could not be written again.
+    """
+    return {key: one for key, one in value.items() if key not in _LEFT_OUT and is_text(key) and _is_plain(one)}
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, str):
+        return is_text(value)
+    return isinstance(value, int) or (isinstance(value, float) and math.isfinite(value))

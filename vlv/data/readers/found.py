@@ -1,6 +1,7 @@
 """What a reader gives, whatever the format: samples where they lie, and a way to load each of them."""
 
 import hashlib
+import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -34,7 +35,8 @@ class Found:
     """A sample at a place of the source: number `index` of part number `part`.
 
     `load` reads it, in any thread; it raises `OSError` or `ValueError` where that fails. None: the source itself
-    says that there is no image, for `reason` (a short name that is counted) and `message`.
+    says that there is no image, for `reason` (a short name that is counted) and `message`. What is not Unicode in
+    `url` and `message` (they hold names of files and members) is replaced by the sign for it.
     """
 
     part: int
@@ -43,6 +45,10 @@ class Found:
     load: Callable[[], Content] | None
     reason: str = ""
     message: str = ""
+
+    def __post_init__(self) -> None:
+        for name in ("url", "message"):
+            object.__setattr__(self, name, readable(getattr(self, name)))
 
 
 class Reader(Protocol):
@@ -63,9 +69,23 @@ class Reader(Protocol):
         ...
 
 
+# Half of a character: Python has it for a byte of a file name that is not UTF-8, JSON for a "\\ud800" alone.
+_SURROGATE = re.compile("[\ud800-\udfff]")
+
+
+def is_text(text: str) -> bool:
+    """Whether a text can be written as UTF-8."""
+    return _SURROGATE.search(text) is None
+
+
+def readable(text: str) -> str:
+    """The text with the sign for an unknown character wherever it could not be written as UTF-8."""
+    return _SURROGATE.sub("\N{REPLACEMENT CHARACTER}", text)
+
+
 def rank(seed: int, name: str) -> bytes:
     """8 bytes by which names are put in an order that is shuffled, but the same each time."""
-    return hashlib.blake2b(f"{seed}:{name}".encode("utf-8", "surrogateescape"), digest_size=8).digest()
+    return hashlib.blake2b(f"{seed}:{name}".encode("utf-8", "surrogatepass"), digest_size=8).digest()
 
 
 def shuffled(paths: Iterable[Path], root: Path, seed: int) -> list[Path]:
