@@ -8,10 +8,12 @@ from typing import Any
 from vlv.data.readers.found import is_text, rank
 from vlv.data.readers.names import Rule
 
-# Where a JSON object says what it shows, in the order in which we look.
-_KEYS = ("caption", "captions", "text", "prompt", "description")
+CONVERSATIONS = "conversations"  # LLaVA's: what a person asked about an image, and the answers
+
+# Where a JSON object or a table says what an image shows, in the order in which we look.
+NAMES = ("caption", "captions", "text", "txt", "prompt", "description", "recaption", CONVERSATIONS)
 # Not kept of a foreign JSON object: what we write ourselves, and what may tell who took the picture, and where.
-_LEFT_OUT = {*_KEYS, "exif", "key", "status", "error_message"}
+_LEFT_OUT = {*NAMES, "exif", "key", "status", "error_message"}
 
 
 def choose(captions: Sequence[str], rule: Rule, seed: int, name: str) -> int:
@@ -25,15 +27,18 @@ def choose(captions: Sequence[str], rule: Rule, seed: int, name: str) -> int:
 
 
 def pick(value: Any, rule: Rule, seed: int, name: str) -> tuple[str | None, dict[str, Any]]:
-    """A caption from text or a list of texts, and the others as `{"captions": [...]}` for the sample's JSON.
+    """A caption from text, a list of texts or LLaVA's conversation, and the others as `{"captions": [...]}` for the
+    sample's JSON.
 
     Raises:
-        ValueError: neither of them, or text with half characters in it.
+        ValueError: none of them, a conversation of several answers, or text with half characters in it.
     """
     if value is None:
         return None, {}
+    if isinstance(value, list) and value and isinstance(value[0], dict):
+        value = _answer(value)
     texts = [value] if isinstance(value, str) else value
-    if isinstance(texts, list) and all(isinstance(one, str) for one in texts):
+    if is_list_of_texts(texts):
         if not texts:
             return None, {}
         if not all(is_text(one) for one in texts):
@@ -44,6 +49,22 @@ def pick(value: Any, rule: Rule, seed: int, name: str) -> tuple[str | None, dict
         others = [text for i, text in enumerate(value) if i != chosen]
         return value[chosen], {"captions": others} if others else {}
     raise ValueError(f"a caption must be text or a list of texts, not {type(value).__name__}")
+
+
+def is_list_of_texts(value: Any) -> bool:
+    """Whether it is a list, and all of its items are texts."""
+    return isinstance(value, list) and all(isinstance(one, str) for one in value)
+
+
+def _answer(conversation: list[dict[str, Any]]) -> str:
+    """What a model said of an image in LLaVA's form, [{from: human, value}, {from: gpt, value}].
+
+    Answers to several questions are no caption: none of them says what the image as a whole shows.
+    """
+    answers = [turn.get("value") for turn in conversation if isinstance(turn, dict) and turn.get("from") == "gpt"]
+    if len(answers) != 1 or not isinstance(answers[0], str):
+        raise ValueError(f"a conversation of {len(answers)} answers instead of one is no caption")
+    return answers[0]
 
 
 def parse_json(data: bytes) -> dict[str, Any]:
@@ -63,7 +84,7 @@ def parse_json(data: bytes) -> dict[str, Any]:
 
 def of_json(value: dict[str, Any]) -> Any:
     """What a JSON object says about its image: text, a list, or None."""
-    return next((value[key] for key in _KEYS if value.get(key)), None)
+    return next((value[key] for key in NAMES if value.get(key)), None)
 
 
 def facts(value: dict[str, Any]) -> dict[str, Any]:

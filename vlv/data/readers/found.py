@@ -4,7 +4,7 @@ import hashlib
 import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, Literal, Protocol
 
 from vlv import images
@@ -81,6 +81,20 @@ def is_text(text: str) -> bool:
 def readable(text: str) -> str:
     """The text with the sign for an unknown character wherever it could not be written as UTF-8."""
     return _SURROGATE.sub("\N{REPLACEMENT CHARACTER}", text)
+
+
+def locate(folder: Path, name: str) -> Path | tuple[str, str]:
+    """The file that a source calls `name`, in `folder` or below; where there is none, a reason and a message."""
+    path = PurePosixPath(name)
+    if path.is_absolute() and path.is_relative_to(folder.resolve().as_posix()):
+        path = path.relative_to(folder.resolve().as_posix())
+    if path.is_absolute() or ".." in path.parts:
+        return "outside_folder", f"the name leads out of {folder}"
+    try:
+        there = (folder / path).is_file()
+    except (OSError, ValueError) as error:  # half a character, a null byte, a name too long
+        return "image_missing", f"no file can have this name ({error})"
+    return folder / path if there else ("image_missing", f"{folder} does not have it")
 
 
 def rank(seed: int, name: str) -> bytes:

@@ -38,8 +38,9 @@ class _Members:
 class TarReader:
     """All tars below `root` (or one tar), in an order shuffled by `seed`; a part is a tar.
 
-    Only headers are read here; a sample's bytes are read by `Found.load`, or at once where the tar is compressed. After a tar's samples come the rows
-    that img2dataset's parquet file beside it lists as failed. `ours`: the tars are shards of a data folder.
+    Only headers are read here; a sample's bytes are read by `Found.load`, or at once where the tar is compressed. After
+    a tar's samples come the rows that img2dataset's parquet file beside it lists as failed. `ours`: the tars are shards
+    of a data folder.
     """
 
     def __init__(self, root: Path, seed: int, rule: Rule, *, ours: bool = False) -> None:
