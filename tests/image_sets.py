@@ -192,7 +192,7 @@ def json_lines(root: Path, count: int) -> Path:
 
 
 def separated(root: Path, count: int) -> Path:
-    """As a spreadsheet of another country writes it: a byte-order mark, semicolons, quoted line ends; absolute paths."""
+    """As a spreadsheet writes it in some countries: a byte-order mark, semicolons, quoted line ends; absolute paths."""
     rows = pictures(root, range(count))
     with (root / "set.csv").open("w", newline="", encoding="utf-8-sig") as stream:
         lines = [(str(root.resolve() / name), text.replace(" of ", "\r\nof ")) for name, text in rows]
@@ -236,7 +236,8 @@ def parquet_of_paths(root: Path, count: int) -> Path:
 MAKERS: dict[str, tuple[Callable[[Path, int], Path], Format]] = {
     "folder": (folder, "folder"), "img2dataset": (img2dataset_tars, "img2dataset"),
     "img2dataset-files": (img2dataset_files, "img2dataset"), "img2dataset-gz": (img2dataset_gz, "img2dataset"),
-    "parquet": (parquet, "parquet"), "parquet-of-paths": (parquet_of_paths, "parquet"), "arrow": (saved_to_disk, "arrow"),
+    "parquet": (parquet, "parquet"), "parquet-of-paths": (parquet_of_paths, "parquet"),
+    "arrow": (saved_to_disk, "arrow"),
     "coco": (coco, "coco"), "coco-folder": (coco_folder, "coco"), "imagefolder": (imagefolder, "imagefolder"),
     "llava": (llava, "llava"), "llava-file": (llava_file, "llava"), "release": (release, "table"),
     "json-list": (json_list, "table"), "json-lines": (json_lines, "table"), "separated": (separated, "table"),
