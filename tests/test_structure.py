@@ -18,7 +18,7 @@ _LEVELS = {
     3: {"cli", "cli_convert", "cli_data", "cli_plan", "cli_registry", "doctor", "__main__"},
     2: {"stages", "pretraining", "planning", "converting"},
     1: {"data", "models", "training", "evaluation", "registry", "serving"},
-    0: {"config", "assets", "draws", "images", "files", "scenes", "tracking", "progress", "pinning"},
+    0: {"config", "assets", "draws", "images", "files", "scenes", "tracking", "progress", "pinning", "stopping"},
 }
 _LEVEL = {name: level for level, names in _LEVELS.items() for name in names}
 # Served models run alone, in MLflow's process: a stage in small.
@@ -82,9 +82,11 @@ def test_flows_reach_down_to_the_bottom_only() -> None:
 
 # Pickled tensors are read here, with weights_only, and nowhere else.
 _CONVERTER = Path("vlv/converting/checkpoints.py")
+# Text, JSON and YAML are read here, where each failure names the file.
+_FILES = Path("vlv/files.py")
 
 
-def _unsafe(call: ast.Call, *, in_converter: bool = False) -> str | None:
+def _unsafe(call: ast.Call, *, in_converter: bool = False, in_files: bool = False) -> str | None:
     """What makes a call unsafe, if anything."""
     function = ast.unparse(call.func)
     given = {keyword.arg: keyword.value for keyword in call.keywords}
@@ -99,19 +101,24 @@ def _unsafe(call: ast.Call, *, in_converter: bool = False) -> str | None:
         return function
     if is_constant("shell", True):
         return "shell=True"
-    if "trust_remote_code" in given:
-        return "trust_remote_code"
+    loads = function.rpartition(".")[2] in {"from_pretrained", "from_config"}
+    if (loads or "trust_remote_code" in given) and not is_constant("trust_remote_code", False):
+        return "trust_remote_code"  # left out, transformers may ask on standard input, and run the code on a "y"
+    if function in {"json.load", "json.loads", "yaml.safe_load", "yaml.safe_load_all"} and not in_files:
+        return function
+    if function.endswith(".read_text") and function != "files.read_text" and not in_files and "errors" not in given:
+        return "read_text"
     if function != "zip" and is_constant("strict", False):
         return "strict=False"
     return None
 
 
-@pytest.mark.parametrize("path", _sources("vlv", "flows"), ids=lambda p: p.relative_to(ROOT).as_posix())
+@pytest.mark.parametrize("path", _sources("vlv", "flows", "benchmarks"), ids=lambda p: p.relative_to(ROOT).as_posix())
 def test_nothing_loads_or_runs_unsafely(path: Path) -> None:
     tree = _tree(path)
-    inside = path.relative_to(ROOT) == _CONVERTER
+    inside, reader = (path.relative_to(ROOT) == one for one in (_CONVERTER, _FILES))
     nodes = [node for node in ast.walk(tree) if isinstance(node, ast.Call)]
-    calls = [(node.lineno, _unsafe(node, in_converter=inside)) for node in nodes]
+    calls = [(node.lineno, _unsafe(node, in_converter=inside, in_files=reader)) for node in nodes]
     assert [found for found in calls if found[1]] == []
     assert not {dotted.split(".")[0] for dotted in _imports(tree)} & _PICKLES
     assert "sys.path" not in {ast.unparse(n) for n in ast.walk(tree) if isinstance(n, ast.Attribute)}
@@ -119,9 +126,12 @@ def test_nothing_loads_or_runs_unsafely(path: Path) -> None:
 
 def test_the_rules_above_can_fail() -> None:
     bad = "import pickle\ntorch.load(f)\nm.load_state_dict(s, strict=False)\nrun('x', shell=True)\n"
-    tree = ast.parse(bad + "from_pretrained(n, trust_remote_code=True)\nzip(a, b, strict=False)\n")
-    found = [_unsafe(node) for node in ast.walk(tree) if isinstance(node, ast.Call)]
-    assert sorted(filter(None, found)) == ["shell=True", "strict=False", "torch.load", "trust_remote_code"]
+    bad += "from_pretrained(n, trust_remote_code=True)\nA.from_config(c)\nzip(a, b, strict=False)\n"
+    bad += "B.from_pretrained(n, trust_remote_code=False)\njson.loads(t)\npath.read_text()\nfiles.read_text(path)\n"
+    tree = ast.parse(bad)
+    found = sorted(filter(None, [_unsafe(node) for node in ast.walk(tree) if isinstance(node, ast.Call)]))
+    unsafe = ["json.loads", "read_text", "shell=True", "strict=False", "torch.load"]
+    assert found == [*unsafe, "trust_remote_code", "trust_remote_code"]
     assert list(_imports(tree)) == ["pickle"]
 
 

@@ -23,8 +23,7 @@ from vlv.config import Paths
 ANSWER = 2
 EXIT_CODES = {
     "vlv.registry.promotion.PromotionRefused": 3,  # a verdict: all went well, the model is not good enough
-    "vlv.training.runtime.Stopped": 128 + signal.SIGTERM,  # asked to stop, and saved
-    "vlv.training.workers.WorkersStopped": 128 + signal.SIGTERM,
+    "vlv.stopping.Stopped": 128 + signal.SIGTERM,  # asked to stop, and saved
 }
 _QUIET = {
     "DO_NOT_TRACK": "true",

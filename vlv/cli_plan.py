@@ -107,7 +107,7 @@ def rehearse(
 
 def _settings(paths: Paths, file: Path | None, changes: list[str] | None) -> config.Config:
     """The configuration in `file` (None: params.yaml) with some of its values replaced."""
-    settings = config.parse(file.read_text(encoding="utf-8"), str(file)) if file else config.load(paths)
+    settings = config.parse(files.read_text(file), str(file)) if file else config.load(paths)
     value: dict[str, Any] = settings.model_dump(mode="json", by_alias=True)
     for change in changes or []:
         key, equals, given = change.partition("=")
@@ -117,5 +117,5 @@ def _settings(paths: Paths, file: Path | None, changes: list[str] | None) -> con
             section = section.get(name) if isinstance(section, dict) else None
         if not equals or not isinstance(section, dict):
             raise config.ConfigError(f"--set takes KEY=VALUE with a key of the configuration, not {change!r}")
-        section[last] = yaml.safe_load(given)
+        section[last] = files.parse_yaml(given, f"--set {change}", "Correct it.")
     return config.parse(yaml.safe_dump(value), f"the configuration with {', '.join(changes)}") if changes else settings

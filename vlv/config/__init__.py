@@ -6,7 +6,6 @@ its range is an error that names the key. Nothing here imports torch, so that `v
 
 from typing import Annotated, Any
 
-import yaml
 from pydantic import Field, ValidationError, model_validator
 
 from vlv import files
@@ -57,12 +56,12 @@ def parse(text: str, name: str) -> Config:
     """Check the YAML text of a params.yaml or profile; `name` is what an error calls it.
 
     Raises:
-        ConfigError: not YAML, an unknown key, or a value of a wrong type or range.
+        ConfigError: not YAML, a key that is unknown or given twice, or a value of a wrong type or range.
     """
     try:
-        value: Any = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{name} is not valid YAML: {error}") from error
+        value: Any = files.parse_yaml(text, name, "Correct it.")
+    except files.FileError as error:
+        raise ConfigError(str(error)) from error
     try:
         return Config.model_validate(value)
     except ValidationError as error:
@@ -74,7 +73,7 @@ def load(paths: Paths) -> Config:
     """Read params.yaml."""
     if not paths.params.exists():
         raise ConfigError(f"{paths.params} does not exist. Write one with: vlv config use tiny")
-    return parse(paths.params.read_text(encoding="utf-8"), str(paths.params))
+    return parse(files.read_text(paths.params), str(paths.params))
 
 
 def profiles(paths: Paths) -> list[str]:
@@ -87,8 +86,8 @@ def use(paths: Paths, profile: str) -> Config:
     source = paths.root / "configs" / f"{profile}.yaml"
     if not source.exists():
         raise ConfigError(f"There is no profile {profile!r}; there are: {', '.join(profiles(paths))}")
-    text = source.read_text(encoding="utf-8")
+    text = files.read_text(source)
     config = parse(text, str(source))
-    if not paths.params.exists() or paths.params.read_text(encoding="utf-8") != text:
+    if not paths.params.exists() or paths.params.read_bytes() != text.encode():
         files.write_text(paths.params, text)
     return config

@@ -68,8 +68,13 @@ def _building(what: str, folder: Path, weights: config.Weights) -> Iterator[None
             torch.manual_seed(_RANDOM_SEED)
         try:
             yield
-        except (OSError, ValueError, KeyError, RuntimeError) as error:
-            first = str(error).strip().split("\n")[0]
+        except Exception as error:  # of a damaged folder the libraries raise errors of any kind
+            first = (str(error).strip() or type(error).__name__).split("\n")[0]
+            if "trust_remote_code" in str(error):
+                first = (
+                    "its config.json names code of its own (auto_map), which is never run here. Choose a model that "
+                    "transformers has a class for."
+                )
             raise PretrainedError(f"{what} could not be built from {folder}: {first}") from error
 
 
@@ -83,9 +88,14 @@ def folder_of(section: config.Encoder | config.Decoder | config.LanguageModel, p
 def _diffusers(cls: Any, folder: Path, name: str, weights: config.Weights) -> Any:
     with _building(name, folder, weights):
         if weights == "random":
-            return cls.from_config(cls.load_config(folder, subfolder=name)).eval()
+            return cls.from_config(cls.load_config(folder, subfolder=name), trust_remote_code=False).eval()
         return cls.from_pretrained(
-            folder, subfolder=name, use_safetensors=True, torch_dtype=torch.float32, low_cpu_mem_usage=False
+            folder,
+            subfolder=name,
+            use_safetensors=True,
+            torch_dtype=torch.float32,
+            low_cpu_mem_usage=False,
+            trust_remote_code=False,
         ).eval()
 
 
@@ -104,18 +114,23 @@ def tokenizer(folder: Path) -> PreTrainedTokenizerBase:
         # tokenizer.json says all; AutoTokenizer would go by the model type beside it and, for a Qwen2 with
         # words of its own, quietly build another tokenizer from the same file.
         whole = (folder / "tokenizer.json").exists()
-        loaded: PreTrainedTokenizerBase = (PreTrainedTokenizerFast if whole else AutoTokenizer).from_pretrained(folder)
+        kind = PreTrainedTokenizerFast if whole else AutoTokenizer
+        loaded: PreTrainedTokenizerBase = kind.from_pretrained(folder, trust_remote_code=False)
         return loaded
 
 
 def _text_encoder(cls: Any, settings_cls: Any, folder: Path, name: str, weights: config.Weights) -> Any:
     with _building(name, folder, weights):
         if weights == "random":
-            settings = settings_cls.from_pretrained(folder / name)
+            settings = settings_cls.from_pretrained(folder / name, trust_remote_code=False)
             settings._attn_implementation = _attention()
             return cls(settings).float().eval()
         return cls.from_pretrained(
-            folder / name, use_safetensors=True, dtype=torch.float32, attn_implementation=_attention()
+            folder / name,
+            use_safetensors=True,
+            dtype=torch.float32,
+            attn_implementation=_attention(),
+            trust_remote_code=False,
         ).eval()
 
 
@@ -161,7 +176,7 @@ def decoder(section: config.Decoder, paths: Paths) -> Decoder[Any]:
     folder = folder_of(section, paths)
     kind, denoiser_class, denoiser, schedule = _KINDS[section.kind]
     with _building("scheduler", folder, "pretrained"):
-        scheduler = schedule.from_pretrained(folder, subfolder="scheduler")
+        scheduler = schedule.from_pretrained(folder, subfolder="scheduler", trust_remote_code=False)
     vae = _diffusers(AutoencoderKL, folder, "vae", section.weights)
     network = _diffusers(denoiser_class, folder, denoiser, section.weights)
     text_side = conditioner(section, paths)
@@ -190,12 +205,16 @@ def encoder(
     folder = folder_of(section, paths)
     with _building("encoder", folder, section.weights):
         if section.weights == "random":
-            settings = Florence2Config.from_pretrained(folder)
+            settings = Florence2Config.from_pretrained(folder, trust_remote_code=False)
             settings._attn_implementation = _attention()
             florence = Florence2ForConditionalGeneration(settings).float()
         else:
             florence = Florence2ForConditionalGeneration.from_pretrained(
-                folder, use_safetensors=True, dtype=torch.float32, attn_implementation=_attention()
+                folder,
+                use_safetensors=True,
+                dtype=torch.float32,
+                attn_implementation=_attention(),
+                trust_remote_code=False,
             )
     words = tokenizer(folder) if section.prompt else None
     mean, std = encoders.processor_statistics(folder)
@@ -222,11 +241,17 @@ def language_model_alone(section: config.LanguageModel, paths: Paths) -> PreTrai
     folder = folder_of(section, paths)
     with _building("language model", folder, section.weights):
         if section.weights == "random":
-            settings = AutoConfig.from_pretrained(folder)
-            model = AutoModelForCausalLM.from_config(settings, attn_implementation=_attention()).float()
+            settings = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+            model = AutoModelForCausalLM.from_config(
+                settings, attn_implementation=_attention(), trust_remote_code=False
+            ).float()
         else:
             model = AutoModelForCausalLM.from_pretrained(
-                folder, use_safetensors=True, dtype=torch.float32, attn_implementation=_attention()
+                folder,
+                use_safetensors=True,
+                dtype=torch.float32,
+                attn_implementation=_attention(),
+                trust_remote_code=False,
             )
     built: PreTrainedModel = model.eval()
     return built

@@ -42,5 +42,4 @@ def _run_in_workers(stage: str, settings: Config, launch: str, paths: Paths) -> 
     from vlv.training import workers
 
     workers.run([sys.executable, "-m", "vlv", "run", stage], paths.root / launch, paths.root, dict(os.environ))
-    figures: dict[str, Any] = files.read_json(paths.metrics / f"{stage}.json")
-    return figures
+    return files.read_json_object(paths.metrics / f"{stage}.json")

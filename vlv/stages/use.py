@@ -1,10 +1,10 @@
 """Using what was trained: caption a folder of images, reconstruct a folder of images."""
 
-import json
 import logging
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from vlv import config, files, images, registry
 from vlv.config import Paths
@@ -86,7 +86,7 @@ def caption_folder(paths: Paths, folder: Path, output: Path, model: str | None =
     root = folder if folder.is_dir() else folder.parent
     captioner = Captioner.load(model_folder(paths, model, "stage2"), paths).to(device.for_inference())
     partial = output.with_name(output.name + ".partial")
-    done: dict[str, str] = {row["image"]: row["caption"] for row in files.read_json_lines(partial)}
+    done: dict[str, str] = {row["image"]: row["caption"] for row in files.read_json_lines(partial, _is_caption)}
     todo = [path for path in found if path.relative_to(root).as_posix() not in done]
     report = Report()
     waiting: list[tuple[Path, images.Pixels]] = []
@@ -107,10 +107,14 @@ def caption_folder(paths: Paths, folder: Path, output: Path, model: str | None =
                 write()
         if waiting:
             write()
-    files.write_text(output, json.dumps(dict(sorted(done.items())), indent=2, ensure_ascii=False) + "\n")
+    files.write_json(output, dict(sorted(done.items())))
     partial.unlink(missing_ok=True)
     report.done = len(done)
     return report
+
+
+def _is_caption(row: dict[str, Any]) -> bool:
+    return isinstance(row.get("image"), str) and isinstance(row.get("caption"), str)
 
 
 def reconstruct_folder(

@@ -1,9 +1,10 @@
 """What an endpoint answered: a caption, or something that must not become one."""
 
-import json
 import re
 from dataclasses import dataclass
 from typing import Any, Literal
+
+from vlv import files
 
 Kind = Literal["caption", "refused", "empty", "cut"]
 
@@ -41,7 +42,7 @@ def parse(body: bytes) -> Answer:
         GarbageError: not JSON, or not of that form.
     """
     try:
-        value = json.loads(body)
+        value = files.parse_json(body, "the answer")
         choice = value["choices"][0]
         message = choice["message"]
         content, refusal = message.get("content"), message.get("refusal")

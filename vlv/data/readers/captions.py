@@ -1,10 +1,10 @@
 """Captions as they lie beside images: text or JSON files, and one of several by a named rule."""
 
-import json
 import math
 from collections.abc import Sequence
 from typing import Any
 
+from vlv import files
 from vlv.data.readers.found import is_text, rank
 from vlv.data.readers.names import Rule
 
@@ -67,16 +67,13 @@ def _answer(conversation: list[dict[str, Any]]) -> str:
     return answers[0]
 
 
-def parse_json(data: bytes) -> dict[str, Any]:
-    """A JSON object beside an image.
+def parse_json(data: bytes | str, name: str = "the JSON beside the image") -> dict[str, Any]:
+    """A JSON object beside an image; `name` is what an error calls it.
 
     Raises:
         ValueError: not JSON, or no object.
     """
-    try:
-        value = json.loads(data)
-    except RecursionError as error:
-        raise ValueError("the JSON is nested too deeply") from error
+    value = files.parse_json(data, name, "Correct it.")
     if not isinstance(value, dict):
         raise ValueError("the JSON holds no object")
     return value

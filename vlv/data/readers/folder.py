@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from vlv import files
 from vlv.data.readers import captions
 from vlv.data.readers.found import IMAGES, Content, Found, rank
 from vlv.data.readers.img2dataset import failures
@@ -110,7 +111,7 @@ class FolderReader:
             value = captions.parse_json(sidecar.read_bytes())
             caption, others = captions.pick(captions.of_json(value), self._rule, self._seed, url)
             return caption, _origin(value) | others
-        caption = sidecar.read_text(encoding="utf-8")
+        caption = files.read_text(sidecar, "Correct it.")
         beside = path.with_suffix(".json")
         return caption, _origin(captions.parse_json(beside.read_bytes())) if beside.exists() else {}
 

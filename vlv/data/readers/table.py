@@ -4,7 +4,6 @@ JSON is a list of objects (LLaVA's, one's own), or one object of image names and
 """
 
 import csv
-import json
 import logging
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from vlv import files
 from vlv.data.readers import captions
 from vlv.data.readers.columns import PATHS, listed_names, pylist
 from vlv.data.readers.listed import Entry
@@ -121,13 +121,13 @@ def _of_lines(table: Path) -> Iterator[tuple[str, Mapping[str, Any] | str]]:
                 continue
             where = f"{table.name}:{number}"
             try:
-                yield where, captions.parse_json(_text(line))
+                yield where, captions.parse_json(_text(line), "the line")
             except ValueError as error:
-                yield where, f"no JSON object ({error})"
+                yield where, str(error)
 
 
 def _of_json(table: Path) -> Iterator[tuple[str, Mapping[str, Any] | str]]:
-    value = json.loads(_text(table.read_bytes()))
+    value = files.parse_json(_text(table.read_bytes()), "its JSON", "Correct it.")
     if isinstance(value, dict):
         value = [{"image": name, "caption": caption} for name, caption in value.items()]
     if not isinstance(value, list):

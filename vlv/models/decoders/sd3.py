@@ -91,4 +91,4 @@ class SD3Decoder(Decoder[Context]):
 
     def sampler(self) -> Any:
         """Euler's method on the flow, with the pretrained schedule's shift."""
-        return FlowMatchEulerDiscreteScheduler.from_config(self.scheduler.config)
+        return FlowMatchEulerDiscreteScheduler.from_config(self.scheduler.config, trust_remote_code=False)
