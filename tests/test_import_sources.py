@@ -10,6 +10,7 @@ import pytest
 
 from tests import image_sets
 from tests.test_import import contents, rows, samples, wanted
+from vlv import files
 from vlv.data.importing.importer import import_images
 from vlv.data.readers import formats
 from vlv.data.readers.formats import ReadOptions
@@ -37,6 +38,10 @@ def test_a_folder_with_a_list_that_nobody_reads_is_a_question(name: str, tmp_pat
     assert contents(tmp_path / "data") == before and not (tmp_path / ".import.data").exists()
     report = import_images(source, tmp_path / "data", wanted(reading=ReadOptions(caption_column="none")))
     assert report.counts() == {"found": 4, "kept": 4, "with_caption": 0}
+    made = [{"sha256": files.sha256_bytes(image_sets.photo(0)), "caption": "Made elsewhere."}]
+    pq.write_table(pa.Table.from_pylist(made), tmp_path / "made.parquet")
+    assert import_images(source, tmp_path / "data", wanted(captions=tmp_path / "made.parquet")).tally.captions == 1
+    assert "Made elsewhere." in _captions(tmp_path / "data")
     (source / "photo0001.txt").write_text("One that is beside its image.")
     assert import_images(source, tmp_path / "data", wanted()).tally.captions == 1
 

@@ -21,6 +21,7 @@ from vlv.data.importing.recipe import Prepared, Recipe
 from vlv.data.importing.splits import SPLITS, Shares
 from vlv.data.importing.staging import Staging
 from vlv.data.importing.tally import Note, Tally
+from vlv.data.readers.folder import FolderReader
 from vlv.data.readers.formats import ReadOptions, open_source
 from vlv.data.readers.found import Found, Reader, Split
 from vlv.data.readers.names import NONE
@@ -73,8 +74,8 @@ def import_images(
     beside `data`, in `.import.NAME`.
 
     Raises:
-        DataError: a source that cannot be read, without one usable image, or in one folder with `data`; an
-            unfinished import of another kind.
+        DataError: a source that cannot be read, without one usable image, or in one folder with `data`; one that
+            holds captions of which not one was found; an unfinished import of another kind.
         LockHeldError: another import of this data runs.
     """
     _check_apart(source, data)
@@ -104,6 +105,9 @@ class _Import:
         scratch = staging / "scratch"
         self._reader: Reader = open_source(source, scratch, wanted.reading)
         self._captions = CaptionTable(wanted.captions, scratch) if wanted.captions is not None else None
+        self._wants_captions = wanted.captions is None and wanted.reading.caption_column != NONE
+        if self._wants_captions and isinstance(self._reader, FolderReader):
+            self._reader.ask_for_captions()
         self._stage = Staging(staging, self._identity(), restart=restart)
 
     def _identity(self) -> dict[str, Any]:
@@ -138,8 +142,7 @@ class _Import:
             lost = {"image_missing", "outside_folder"} & set(tally.dropped)
             remedy = " If the images are in another folder, name it: --images FOLDER." if lost else ""
             return f"none of {tally.found} images can be used {dict(tally.dropped) or ''}.{remedy}"
-        no_captions = self._captions is None and self._wanted.reading.caption_column != NONE and not tally.captions
-        if no_captions and tally.captions_left_out:
+        if self._wants_captions and tally.captions_left_out and not tally.captions:
             note = next(note for note in tally.notes if note.reason in tally.captions_left_out)
             return (
                 f"{tally.kept} images, but not one caption that can be used {dict(tally.captions_left_out)}, such as "

@@ -48,8 +48,8 @@ class ArrowReader(ColumnsReader):
 
 def _listed(state: Path) -> list[Path]:
     try:
-        names = [str(one["filename"]) for one in files.read_json(state)["_data_files"]]
-    except (KeyError, TypeError, ValueError, RecursionError) as error:
+        names = [str(one["filename"]) for one in files.read_json(state, "Correct it.")["_data_files"]]
+    except (KeyError, TypeError, ValueError) as error:
         raise DataError(f"{state} is not what save_to_disk writes ({error}); name one arrow file") from error
     found = [state.parent / Path(name).name for name in names]
     missing = next((path for path in found if not path.is_file()), None)

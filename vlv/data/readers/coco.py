@@ -40,12 +40,12 @@ def entries(annotations: Path, prefix: str = "") -> Iterator[Entry]:
         DataError: not a captions file.
     """
     try:
-        value = files.read_json(annotations)
+        value = files.read_json(annotations, "Correct it.")
         texts: dict[int, list[tuple[int, str]]] = {}
         for note in value["annotations"]:
             texts.setdefault(int(note["image_id"]), []).append((int(note["id"]), str(note["caption"])))
         pictures = sorted((int(image["id"]), str(image["file_name"])) for image in value["images"])
-    except (KeyError, TypeError, ValueError, AttributeError, OverflowError, RecursionError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         raise DataError(
             f"{annotations} is not a COCO captions file ({type(error).__name__}: {error}); it needs "
             "images: [{id, file_name}] and annotations: [{id, image_id, caption}]"

@@ -1,6 +1,7 @@
 """Which format a source has, and the reader for it."""
 
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import get_args
@@ -10,8 +11,8 @@ from vlv.data.readers.arrow import STATE, ArrowReader
 from vlv.data.readers.folder import FilesReader, FolderReader
 from vlv.data.readers.found import IMAGES, Reader
 from vlv.data.readers.img2dataset import is_table
-from vlv.data.readers.listed import ListedReader
-from vlv.data.readers.names import NONE, Format, Rule
+from vlv.data.readers.listed import Entry, ListedReader
+from vlv.data.readers.names import Format, Rule
 from vlv.data.readers.parquet import ParquetReader
 from vlv.data.readers.tars import ENDINGS as TARS
 from vlv.data.readers.tars import TarReader
@@ -41,8 +42,7 @@ def open_source(source: Path, scratch: Path, options: ReadOptions) -> Reader:
     """The reader of a source; it may keep a listing below `scratch`.
 
     Raises:
-        DataError: no such path, or not of this format; or a folder of images without captions that has a file that
-            may hold them.
+        DataError: no such path, or not of this format.
     """
     chosen = options.format or guess(source)
     if not source.exists():
@@ -59,15 +59,13 @@ def open_source(source: Path, scratch: Path, options: ReadOptions) -> Reader:
         raise DataError(f"{source} is not a folder")
     if chosen == "img2dataset":
         return FilesReader(source, scratch, seed, rule)
-    reader = FolderReader(source, scratch, seed, rule)
-    if options.caption_column != NONE:
-        reader.ask_for_captions()
-    return reader
+    return FolderReader(source, scratch, seed, rule)
 
 
 def _listed(chosen: Format, source: Path, scratch: Path, options: ReadOptions) -> ListedReader:
     """A reader of what some file lists."""
     image, caption = options.image_column, options.caption_column
+    entries: Iterable[Entry]
     if chosen == "coco":
         tables = [source] if source.is_file() else coco.in_folder(source)
         if options.images is not None or source.is_file():

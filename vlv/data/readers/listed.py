@@ -10,6 +10,7 @@ from itertools import groupby, islice
 from pathlib import Path
 from typing import Any
 
+from vlv import files
 from vlv.data.readers import captions
 from vlv.data.readers.found import Content, Found, locate, rank, stamp
 from vlv.data.readers.names import Rule
@@ -92,7 +93,7 @@ class ListedReader:
     def _groups(self) -> Iterator[list[Entry]]:
         rows = self._listing.execute("SELECT name, entry FROM entries ORDER BY rank, name, number")
         for _, group in groupby(rows, key=lambda row: row[0]):
-            yield [_entry(json.loads(text)) for _, text in group]
+            yield [_entry(files.parse_json(text, "an entry")) for _, text in group]
 
     def total(self) -> int:
         return int(self._listing.execute("SELECT count(DISTINCT name) FROM entries").fetchone()[0])

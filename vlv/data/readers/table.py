@@ -52,7 +52,7 @@ def entries(table: Path, image: str | None, caption: str | None, prefix: str = "
                 continue
             columns = columns or _choose(table, row, image, caption)
             yield _entry(table, where, row, columns, prefix)
-    except (OSError, ValueError, RecursionError, pa.ArrowException, csv.Error) as error:
+    except (OSError, ValueError, pa.ArrowException, csv.Error) as error:
         reason = str(error).splitlines()[0] or type(error).__name__
         raise DataError(f"{table} cannot be read as a table of images and captions: {reason}") from error
     if columns is None:

@@ -6,8 +6,9 @@ import tarfile
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from io import BufferedIOBase
 from pathlib import Path, PurePosixPath
-from typing import IO, Any, get_args
+from typing import Any, get_args
 
 from vlv import files
 from vlv.data.readers import captions
@@ -63,7 +64,7 @@ class TarReader:
         path = tar.with_name(f"{_stem(tar)}_stats.json")
         try:
             return int(files.read_json(path)["count"])
-        except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError):
+        except (OSError, ValueError, KeyError, TypeError, OverflowError):
             return None
 
     def _counted(self, tar: Path) -> int:
@@ -190,7 +191,7 @@ def _samples(tar: Path) -> Iterator[_Members]:
         yield current
 
 
-def _members(archive: tarfile.TarFile, stream: IO[bytes]) -> Iterator[tuple[int, tarfile.TarInfo | str]]:
+def _members(archive: tarfile.TarFile, stream: BufferedIOBase) -> Iterator[tuple[int, tarfile.TarInfo | str]]:
     """Each member with the place of its header; a text where one cannot be understood but the next can be found.
 
     Raises:
@@ -227,7 +228,7 @@ def _bytes(tar: Path, members: _Members, wanted: list[str]) -> dict[str, bytes]:
     return read
 
 
-def _slice(stream: IO[bytes], offset: int, size: int) -> bytes:
+def _slice(stream: BufferedIOBase, offset: int, size: int) -> bytes:
     stream.seek(offset)
     data = stream.read(size)
     if len(data) != size:
