@@ -12,7 +12,7 @@ import logging
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
@@ -222,6 +222,11 @@ def append_json_line(path: Path, value: Any) -> None:
         file.write(line)
         file.flush()
         os.fsync(file.fileno())
+
+
+def write_json_lines(path: Path, rows: Iterable[Any]) -> None:
+    """Write objects as lines of JSON, atomically."""
+    write_text(path, "".join(_as_json(row) + "\n" for row in rows))
 
 
 def _cut_torn_line(file: IO[bytes]) -> None:

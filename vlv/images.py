@@ -6,7 +6,8 @@ The only place where a pixel range changes. Shapes: arrays are (H, W, 3) uint8, 
 
 import io
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import numpy as np
 import torch
@@ -18,6 +19,14 @@ from vlv.config import Resize
 
 Pixels = NDArray[np.uint8]
 
+# The formats that are opened, and the endings that their files have. Pillow knows forty more, some of which run a
+# program (EPS starts Ghostscript whatever the file is called) and many of which nobody has attacked for years.
+FORMATS = {
+    "JPEG": (".jpg", ".jpeg"), "PNG": (".png",), "WEBP": (".webp",), "BMP": (".bmp",), "GIF": (".gif",),
+    "TIFF": (".tif", ".tiff"), "AVIF": (".avif",),
+}  # fmt: skip
+SUFFIXES = frozenset(suffix for suffixes in FORMATS.values() for suffix in suffixes)
+
 # A picture above this is refused before its pixels are decoded: a decompression bomb would take all memory.
 MAX_PIXELS = 200_000_000
 
@@ -26,30 +35,54 @@ class ImageError(ValueError):
     """Bytes that are not a readable image."""
 
 
-def decode(data: bytes, name: str = "image") -> Pixels:
-    """Decode any format that Pillow reads to (H, W, 3) uint8 RGB, upright by its EXIF orientation.
+@contextmanager
+def _opened(data: bytes, name: str) -> Iterator[Image.Image]:
+    """A picture of one of the `FORMATS`, its pixels not yet decoded; whatever fails in the block is an `ImageError`.
 
-    Transparent pixels are laid on white. `name` is what an error calls the image.
-
-    Raises:
-        ImageError: unreadable, truncated or larger than `MAX_PIXELS`.
+    Decoders raise what they like on damage: OSError, SyntaxError, struct.error, NotImplementedError, RuntimeError,
+    MemoryError for a size that is a lie.
     """
     try:
-        with Image.open(io.BytesIO(data)) as opened:
-            if opened.width * opened.height > MAX_PIXELS:
-                raise ImageError(f"{name}: {opened.width}x{opened.height} pixels are more than {MAX_PIXELS:,}")
-            image = ImageOps.exif_transpose(opened)
-            if image.has_transparency_data:
-                image = image.convert("RGBA")
-                white = Image.new("RGBA", image.size, "white")
-                image = Image.alpha_composite(white, image)
-            return np.asarray(image.convert("RGB"))
+        with Image.open(io.BytesIO(data), formats=list(FORMATS)) as image:
+            if image.width * image.height > MAX_PIXELS:
+                raise ImageError(f"{name}: {image.width}x{image.height} pixels are more than {MAX_PIXELS:,}")
+            yield image
     except ImageError:
         raise
     except UnidentifiedImageError as error:
-        raise ImageError(f"{name}: not a readable image (of no known format)") from error
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise ImageError(f"{name}: not a readable image ({error})") from error
+        raise ImageError(f"{name}: not a readable image (none of {', '.join(FORMATS)})") from error
+    except Exception as error:
+        raise ImageError(f"{name}: not a readable image ({str(error) or type(error).__name__})") from error
+
+
+def decode(data: bytes, name: str = "image") -> Pixels:
+    """Decode one of the `FORMATS` to (H, W, 3) uint8 RGB, upright by its EXIF orientation.
+
+    The content says which format it is, not the file's name, and no program is started. Transparent pixels are laid
+    on white; of a moving picture the first frame counts. `name` is what an error calls the image.
+
+    Raises:
+        ImageError: of no such format, unreadable, truncated or larger than `MAX_PIXELS`.
+    """
+    with _opened(data, name) as opened:
+        image = ImageOps.exif_transpose(opened)
+        if image.mode.startswith("I;16"):  # Pillow clips 16 bits at 255, which leaves a white picture
+            image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+        if image.has_transparency_data:
+            image = image.convert("RGBA")
+            white = Image.new("RGBA", image.size, "white")
+            image = Image.alpha_composite(white, image)
+        return np.asarray(image.convert("RGB"))
+
+
+def header(data: bytes, name: str = "image") -> tuple[int, int, str]:
+    """Width and height in pixels as stored (before any turning), and Pillow's name of the mode.
+
+    Raises:
+        ImageError: as for `decode`, as far as the first bytes tell.
+    """
+    with _opened(data, name) as image:
+        return image.width, image.height, image.mode
 
 
 def encode_png(pixels: Pixels) -> bytes:

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from vlv import files
+from vlv.data.readers.found import readable
 
 Kind = Literal["caption", "refused", "empty", "cut"]
 
@@ -48,10 +49,10 @@ def parse(body: bytes) -> Answer:
         content, refusal = message.get("content"), message.get("refusal")
     except (ValueError, LookupError, TypeError, AttributeError) as error:
         raise GarbageError(f"no chat completion: {body[:200]!r} ({type(error).__name__})") from error
-    text = " ".join(_text(content).split())
+    text = " ".join(readable(_text(content)).split())
     tokens = _tokens(value.get("usage"))
     if refusal:
-        return Answer("refused", str(refusal), tokens)
+        return Answer("refused", readable(str(refusal)), tokens)
     if choice.get("finish_reason") == "content_filter":
         return Answer("refused", text or "content filter", tokens)
     if not text:

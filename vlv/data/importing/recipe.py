@@ -4,7 +4,8 @@ from dataclasses import dataclass, replace
 
 from vlv import files, images
 from vlv.config import Resize
-from vlv.data.readers.found import Content, Found, Split
+from vlv.data import writer
+from vlv.data.readers.found import Content, Found, Split, readable
 from vlv.data.readers.names import Encoding
 from vlv.data.writer import Record
 
@@ -48,8 +49,9 @@ def prepare(found: Found, recipe: Recipe) -> Prepared:
     try:
         content = found.load()
         pixels = images.decode(content.image, found.url)
-    except (images.ImageError, OSError, ValueError) as error:
-        return _dropped(found, "unreadable", str(error))
+        writer.to_json(content.meta)
+    except (OSError, ValueError, OverflowError, MemoryError) as error:
+        return _dropped(found, "unreadable", readable(str(error)) or type(error).__name__)
     height, width = pixels.shape[:2]
     short, long = min(height, width), max(height, width)
     if short < recipe.min_side:
@@ -65,8 +67,10 @@ def _kept(found: Found, content: Content, cut: images.Pixels, size: tuple[int, i
     png = recipe.encoding == "png"
     caption = None if content.caption is None else " ".join(content.caption.split()) or None
     problem = content.caption_problem
+    if problem is not None:
+        problem = (problem[0], readable(problem[1]))
     record = Record(
-        url=content.url or found.url,
+        url=readable(content.url or found.url),
         image=images.encode_png(cut) if png else images.encode_jpeg(cut),
         extension="png" if png else "jpg",
         caption=caption,
