@@ -141,14 +141,6 @@ def test_the_graph_depends_on_the_inputs_and_settings_of_the_library() -> None:
         assert set(graph[stage]["params"]) <= set(settings)
 
 
-@pytest.fixture(scope="module")
-def smoke(tmp_path_factory: pytest.TempPathFactory, sprites: Path) -> Path:
-    project = projects.smoke(tmp_path_factory.mktemp("called") / "project", sprites)
-    made = projects.run(projects.python("-m", "vlv", "data", "download"), project)
-    assert made.returncode == 0, made.stderr
-    return project
-
-
 @pytest.mark.training
 def test_every_function_that_a_stage_calls_is_in_its_inputs(smoke: Path) -> None:
     script = projects.python(str(ROOT / "tests" / "called.py"), "called.json")
