@@ -88,7 +88,7 @@ def training_record(
         report.plot_curve(rows, record.stage, record.paths.plots / f"{record.stage}.png")
         run.log_artifact(record.paths.plots / f"{record.stage}.png")
         run.log_artifact(record.model)
-        numbers = {k: float(v) for k, v in flatten(record.figures).items() if v is not None}
+        numbers = {k: float(v) for k, v in flatten(record.figures).items() if isinstance(v, int | float)}
         run.log_metrics(numbers, training.steps)
     for old in record.folder.glob("training-*"):
         shutil.rmtree(old)
