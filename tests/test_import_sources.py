@@ -163,6 +163,33 @@ def test_an_imagefolder_keeps_what_its_metadata_forgets_and_names_what_is_gone(t
     assert any(sample.meta.get("origin") == {"score": "0.5"} for _, sample in samples(tmp_path / "data"))
 
 
+def test_a_coco_folder_of_which_one_half_was_fetched(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    source = image_sets.coco_folder(tmp_path / "coco", 8)
+    shutil.rmtree(source / "train2017")
+    assert formats.guess(source) == "coco"
+    assert import_images(source, tmp_path / "data", wanted()).tally.captions == 4
+    assert "captions_train2017.json is left out" in caplog.text
+    shutil.move(source / "val2017", tmp_path / "elsewhere")
+    with pytest.raises(DataError, match=r"no captions file .*--images FOLDER"):
+        import_images(source, tmp_path / "data", wanted())
+    reading = ReadOptions(images=tmp_path / "elsewhere")
+    file = source / "annotations" / "captions_val2017.json"
+    assert import_images(file, tmp_path / "data", wanted(reading=reading)).tally.captions == 4
+    with pytest.raises(DataError, match=r"captions_val2017\.json: its images are not .*--images FOLDER"):
+        import_images(file, tmp_path / "data", wanted())
+
+
+def test_faults_in_two_tables_of_one_name_are_two(tmp_path: Path) -> None:
+    source = image_sets.imagefolder(tmp_path / "set", 6)
+    shutil.copy(source / "train" / "metadata.csv", source / "test" / "metadata.csv")
+    for split in ("train", "test"):
+        with (source / split / "metadata.csv").open("a") as stream:
+            stream.write(",no name,\n")
+    report = import_images(source, tmp_path / "data", wanted())
+    missing = {note.path for note in report.notes if "names no image" in note.message}
+    assert missing == {"train/metadata.csv:4", "test/metadata.csv:4"}
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
