@@ -32,7 +32,7 @@ def test_a_folder_with_a_list_that_nobody_reads_is_a_question(name: str, tmp_pat
     (source / name).write_text("file,caption\n")
     before = contents(tmp_path / "data")
     with pytest.raises(
-        DataError, match=rf"holds {name}, but no image .*import \S*{name} --images .*--caption-column none"
+        DataError, match=rf"holds {name}, but no image .*import \S*{name}( --format table)?\. .*--caption-column none"
     ):
         import_images(source, tmp_path / "data", wanted())
     assert contents(tmp_path / "data") == before and not (tmp_path / ".import.data").exists()
@@ -46,17 +46,19 @@ def test_a_folder_with_a_list_that_nobody_reads_is_a_question(name: str, tmp_pat
     assert import_images(source, tmp_path / "data", wanted()).tally.captions == 1
 
 
-def test_the_command_that_the_question_names_answers_it(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["captions.json", "lists/a.csv", "results.txt"])
+def test_the_command_that_the_question_names_answers_it(name: str, tmp_path: Path) -> None:
     source = tmp_path / "photos"
-    listed = image_sets.pictures(source / "jpg", range(4))
-    (source / "lists").mkdir()
-    (source / "lists" / "a.csv").write_text(
-        "image,caption\n" + "".join(f"jpg/{name},{text}\n" for name, text in listed)
-    )
-    with pytest.raises(DataError, match=r"lists/a\.csv --images \S+photos\. "):
+    listed = image_sets.pictures(source / "images", range(4))
+    (source / name).parent.mkdir(exist_ok=True)
+    rows = ["image,caption\n", *(f"images/{image},{text}\n" for image, text in listed)]
+    (source / name).write_text(json.dumps(dict(listed)) if name.endswith("json") else "".join(rows))
+    with pytest.raises(DataError, match=r"vlv data import ") as error:
         import_images(source, tmp_path / "data", wanted())
-    reading = ReadOptions(images=source)
-    assert import_images(source / "lists" / "a.csv", tmp_path / "data", wanted(reading=reading)).tally.captions == 4
+    command = str(error.value).partition("vlv data import ")[2].partition(". If there")[0].split()
+    assert command == [str(source / name), *(["--format", "table"] if name.endswith("txt") else [])]
+    reading = ReadOptions(format="table" if name.endswith("txt") else None)
+    assert import_images(Path(command[0]), tmp_path / "data", wanted(reading=reading)).tally.captions == 4
 
 
 def test_captions_that_are_all_unusable_are_a_question(tmp_path: Path) -> None:
