@@ -1,7 +1,9 @@
 """What a source says about its images: where captions come from, and a question where none are found."""
 
+import io
 import json
 import shutil
+import tarfile
 from pathlib import Path
 
 import pyarrow as pa
@@ -75,6 +77,20 @@ def test_captions_that_are_all_unusable_are_a_question(tmp_path: Path) -> None:
         import_images(tmp_path / "set.parquet", tmp_path / "data", wanted())
     reading = ReadOptions(caption_column="none")
     assert import_images(tmp_path / "set.parquet", tmp_path / "data", wanted(reading=reading)).tally.kept == 3
+
+
+def test_a_tar_of_a_folder_in_no_order_is_a_question(tmp_path: Path) -> None:
+    """As `tar` writes a folder: in the order of the file system, so that captions do not follow their images."""
+    with tarfile.open(tmp_path / "photos.tar.gz", "w:gz") as tar:
+        for end in ("jpg", "txt", "json"):
+            for number in range(4):
+                data = image_sets.members(number)[end]
+                info = tarfile.TarInfo(f"photos/{number}.{end}")
+                info.size = len(data)
+                tar.addfile(info, io.BytesIO(data))
+    with pytest.raises(DataError, match=r"4 images, but not one caption .*'image_missing': 8.*tar --sort=name"):
+        import_images(tmp_path / "photos.tar.gz", tmp_path / "data", wanted())
+    assert not (tmp_path / "data").exists()
 
 
 def test_images_in_another_folder_are_a_question(tmp_path: Path) -> None:

@@ -92,6 +92,8 @@ class TarReader:
                 place = f"{name}/{members.key}"
                 if members.problem is not None:
                     yield Found(number, index, place, None, "unreadable", members.problem)
+                elif not any(f".{end}" in IMAGES for end in members.places):
+                    yield Found(number, index, place, None, "image_missing", _no_image(members))
                 else:
                     yield Found(number, index, place, functools.partial(self._load, tar, members, place))
                 present.add(members.key)
@@ -143,6 +145,13 @@ class TarReader:
             url if isinstance(url, str) else None,
             ({"origin": known} if known else {}) | others,
         )
+
+
+def _no_image(members: _Members) -> str:
+    return (
+        f"no image among its members ({', '.join(sorted(members.places))}); the members of a sample must follow one "
+        "another in the tar (tar --sort=name)"
+    )
 
 
 def _stem(tar: Path) -> str:
