@@ -169,6 +169,12 @@ def test_answers_to_several_questions_are_no_caption(tmp_path: Path) -> None:
     source.write_text(json.dumps(value))
     report = import_images(source, tmp_path / "data", wanted())
     assert report.counts() == {"found": 4, "kept": 3, "with_caption": 2, "caption_unreadable": 1, "image_missing": 1}
+    detail = [{"from": "human", "value": "Describe it."}, {"from": "gpt", "value": "In detail."}]
+    source.write_text(
+        json.dumps([*value, value[0] | {"conversations": detail}, {**value[0], "conversations": [3, None]}])
+    )
+    assert import_images(source, tmp_path / "data", wanted()).tally.captions == 3  # several lines about one image
+    assert "In detail." in _captions(tmp_path / "data")
 
 
 def test_an_imagefolder_keeps_what_its_metadata_forgets_and_names_what_is_gone(tmp_path: Path) -> None:

@@ -74,8 +74,11 @@ def _entry(table: Path, where: str, row: Mapping[str, Any], columns: _Columns, p
         return Entry(prefix + where, fault=("image_missing", f"{columns.image} names no image"))
     said = None if columns.caption is None else row.get(columns.caption)
     problem = None if columns.caption is None else ("caption_missing", f"{table.name} has none")
-    if isinstance(said, list) and said and all(isinstance(turn, Mapping) for turn in said):
-        said = [{key: turn[key] for key in ("from", "value") if isinstance(turn.get(key), str)} for turn in said]
+    if isinstance(said, list) and said and isinstance(said[0], Mapping):
+        try:
+            said = captions.answer(said)
+        except ValueError as error:
+            said, problem = None, ("caption_unreadable", str(error))
     elif not (said is None or isinstance(said, str) or captions.is_list_of_texts(said)):
         said, problem = None, ("caption_unreadable", f"{columns.caption} holds neither text nor a list of texts")
     known = captions.facts({key: value for key, value in row.items() if key not in (columns.image, columns.caption)})
