@@ -49,7 +49,8 @@ def _samples() -> dict[str, bytes]:
     exif[0x0112] = 6
     known = {
         "jpeg": _saved("JPEG", exif=exif), "jpeg-progressive": _saved("JPEG", progressive=True),
-        "jpeg-cmyk": _saved("JPEG", "CMYK"), "png": _saved("PNG", "RGBA"), "png-palette": _saved("PNG", "P"),
+        "jpeg-cmyk": _saved("JPEG", "CMYK"), "jpeg-mpo": _saved("MPO", save_all=True, append_images=[_picture()]),
+        "png": _saved("PNG", "RGBA"), "png-palette": _saved("PNG", "P"),
         "png-16": _sixteen_bits(), "webp": _saved("WEBP", quality=80),
         "webp-lossless": _saved("WEBP", "RGBA", lossless=True), "bmp": _saved("BMP"), "gif": _saved("GIF"),
         "gif-moving": _saved("GIF", save_all=True, append_images=[_picture("L")]),

@@ -1,7 +1,9 @@
 """What a source says about its images: where captions come from, and a question where none are found."""
 
+import io
 import json
 import shutil
+import tarfile
 from pathlib import Path
 
 import pyarrow as pa
@@ -32,7 +34,7 @@ def test_a_folder_with_a_list_that_nobody_reads_is_a_question(name: str, tmp_pat
     (source / name).write_text("file,caption\n")
     before = contents(tmp_path / "data")
     with pytest.raises(
-        DataError, match=rf"holds {name}, but no image .*import \S*{name} --images .*--caption-column none"
+        DataError, match=rf"holds {name}, but no image .*import \S*{name}( --format table)?\. .*--caption-column none"
     ):
         import_images(source, tmp_path / "data", wanted())
     assert contents(tmp_path / "data") == before and not (tmp_path / ".import.data").exists()
@@ -46,17 +48,19 @@ def test_a_folder_with_a_list_that_nobody_reads_is_a_question(name: str, tmp_pat
     assert import_images(source, tmp_path / "data", wanted()).tally.captions == 1
 
 
-def test_the_command_that_the_question_names_answers_it(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["captions.json", "lists/a.csv", "results.txt"])
+def test_the_command_that_the_question_names_answers_it(name: str, tmp_path: Path) -> None:
     source = tmp_path / "photos"
-    listed = image_sets.pictures(source / "jpg", range(4))
-    (source / "lists").mkdir()
-    (source / "lists" / "a.csv").write_text(
-        "image,caption\n" + "".join(f"jpg/{name},{text}\n" for name, text in listed)
-    )
-    with pytest.raises(DataError, match=r"lists/a\.csv --images \S+photos\. "):
+    listed = image_sets.pictures(source / "images", range(4))
+    (source / name).parent.mkdir(exist_ok=True)
+    rows = ["image,caption\n", *(f"images/{image},{text}\n" for image, text in listed)]
+    (source / name).write_text(json.dumps(dict(listed)) if name.endswith("json") else "".join(rows))
+    with pytest.raises(DataError, match=r"vlv data import ") as error:
         import_images(source, tmp_path / "data", wanted())
-    reading = ReadOptions(images=source)
-    assert import_images(source / "lists" / "a.csv", tmp_path / "data", wanted(reading=reading)).tally.captions == 4
+    command = str(error.value).partition("vlv data import ")[2].partition(". If there")[0].split()
+    assert command == [str(source / name), *(["--format", "table"] if name.endswith("txt") else [])]
+    reading = ReadOptions(format="table" if name.endswith("txt") else None)
+    assert import_images(Path(command[0]), tmp_path / "data", wanted(reading=reading)).tally.captions == 4
 
 
 def test_captions_that_are_all_unusable_are_a_question(tmp_path: Path) -> None:
@@ -73,6 +77,20 @@ def test_captions_that_are_all_unusable_are_a_question(tmp_path: Path) -> None:
         import_images(tmp_path / "set.parquet", tmp_path / "data", wanted())
     reading = ReadOptions(caption_column="none")
     assert import_images(tmp_path / "set.parquet", tmp_path / "data", wanted(reading=reading)).tally.kept == 3
+
+
+def test_a_tar_of_a_folder_in_no_order_is_a_question(tmp_path: Path) -> None:
+    """As `tar` writes a folder: in the order of the file system, so that captions do not follow their images."""
+    with tarfile.open(tmp_path / "photos.tar.gz", "w:gz") as tar:
+        for end in ("jpg", "txt", "json"):
+            for number in range(4):
+                data = image_sets.members(number)[end]
+                info = tarfile.TarInfo(f"photos/{number}.{end}")
+                info.size = len(data)
+                tar.addfile(info, io.BytesIO(data))
+    with pytest.raises(DataError, match=r"4 images, but not one caption .*'image_missing': 8.*tar --sort=name"):
+        import_images(tmp_path / "photos.tar.gz", tmp_path / "data", wanted())
+    assert not (tmp_path / "data").exists()
 
 
 def test_images_in_another_folder_are_a_question(tmp_path: Path) -> None:
@@ -151,6 +169,12 @@ def test_answers_to_several_questions_are_no_caption(tmp_path: Path) -> None:
     source.write_text(json.dumps(value))
     report = import_images(source, tmp_path / "data", wanted())
     assert report.counts() == {"found": 4, "kept": 3, "with_caption": 2, "caption_unreadable": 1, "image_missing": 1}
+    detail = [{"from": "human", "value": "Describe it."}, {"from": "gpt", "value": "In detail."}]
+    source.write_text(
+        json.dumps([*value, value[0] | {"conversations": detail}, {**value[0], "conversations": [3, None]}])
+    )
+    assert import_images(source, tmp_path / "data", wanted()).tally.captions == 3  # several lines about one image
+    assert "In detail." in _captions(tmp_path / "data")
 
 
 def test_an_imagefolder_keeps_what_its_metadata_forgets_and_names_what_is_gone(tmp_path: Path) -> None:
@@ -161,6 +185,33 @@ def test_an_imagefolder_keeps_what_its_metadata_forgets_and_names_what_is_gone(t
     assert report.counts() == {"found": 10, "kept": 9, "with_caption": 8, "caption_missing": 1, "image_missing": 1}
     assert {note.path for note in report.notes} == {"train/extra.png", "test/photo0008.jpg"}
     assert any(sample.meta.get("origin") == {"score": "0.5"} for _, sample in samples(tmp_path / "data"))
+
+
+def test_a_coco_folder_of_which_one_half_was_fetched(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    source = image_sets.coco_folder(tmp_path / "coco", 8)
+    shutil.rmtree(source / "train2017")
+    assert formats.guess(source) == "coco"
+    assert import_images(source, tmp_path / "data", wanted()).tally.captions == 4
+    assert "captions_train2017.json is left out" in caplog.text
+    shutil.move(source / "val2017", tmp_path / "elsewhere")
+    with pytest.raises(DataError, match=r"no captions file .*--images FOLDER"):
+        import_images(source, tmp_path / "data", wanted())
+    reading = ReadOptions(images=tmp_path / "elsewhere")
+    file = source / "annotations" / "captions_val2017.json"
+    assert import_images(file, tmp_path / "data", wanted(reading=reading)).tally.captions == 4
+    with pytest.raises(DataError, match=r"captions_val2017\.json: its images are not .*--images FOLDER"):
+        import_images(file, tmp_path / "data", wanted())
+
+
+def test_faults_in_two_tables_of_one_name_are_two(tmp_path: Path) -> None:
+    source = image_sets.imagefolder(tmp_path / "set", 6)
+    shutil.copy(source / "train" / "metadata.csv", source / "test" / "metadata.csv")
+    for split in ("train", "test"):
+        with (source / split / "metadata.csv").open("a") as stream:
+            stream.write(",no name,\n")
+    report = import_images(source, tmp_path / "data", wanted())
+    missing = {note.path for note in report.notes if "names no image" in note.message}
+    assert missing == {"train/metadata.csv:4", "test/metadata.csv:4"}
 
 
 @pytest.mark.parametrize(

@@ -1,15 +1,18 @@
 """`vlv caption` and `vlv reconstruct` on folders as people have them: damaged files, names of all kinds, kills."""
 
+import base64
 import json
 import os
 import shutil
 from pathlib import Path
 
+import pandas as pd
 import pytest
+from mlflow.pyfunc.model import PythonModelContext
 
 from tests import image_sets
 from tests.conftest import ROOT, profile
-from vlv import cli, files
+from vlv import cli, files, images
 from vlv.config import Paths
 from vlv.models.autoencoder import Autoencoder
 from vlv.models.captioner import Captioner
@@ -141,3 +144,20 @@ def test_reconstructions_of_odd_names_and_damaged_files(models: Path, tmp_path: 
     for path in photos.iterdir():
         path.write_bytes(b"")
     assert _vlv(*command) == cli.ALL_FAILED
+
+
+@pytest.mark.parametrize("content", [b"", b"DDS \x7c\0\0\0" + bytes(200), b"BLP2" + bytes(200), None])
+def test_a_served_model_names_the_row_that_it_cannot_read(content: bytes | None, models: Path, paths: Paths) -> None:
+    from vlv.serving.autoencoder_model import AutoencoderModel
+    from vlv.serving.captioner_model import CaptionerModel
+
+    captioner, autoencoder = CaptionerModel(), AutoencoderModel()
+    captioner.captioner = Captioner.load(models / "stage2", paths)
+    autoencoder.autoencoder = Autoencoder.load(models / "stage1", paths)
+    good = base64.b64encode(image_sets.photo(0)).decode()
+    table = pd.DataFrame({"image": [good, "no base64" if content is None else base64.b64encode(content).decode()]})
+    context = PythonModelContext(artifacts={}, model_config={})
+    for model in (captioner, autoencoder):
+        with pytest.raises(images.ImageError, match=r"^row 1: not "):
+            model.predict(context, table)
+    assert len(captioner.predict(context, table[:1])) == 1

@@ -4,6 +4,7 @@ The only place where a pixel range changes. Shapes: arrays are (H, W, 3) uint8, 
 (B, 3, H, W), uint8 in 0..255 or float in [-1, 1].
 """
 
+import base64
 import io
 import textwrap
 from collections.abc import Iterator, Sequence
@@ -73,6 +74,19 @@ def decode(data: bytes, name: str = "image") -> Pixels:
             white = Image.new("RGBA", image.size, "white")
             image = Image.alpha_composite(white, image)
         return np.asarray(image.convert("RGB"))
+
+
+def decode_base64(text: str, name: str = "image") -> Pixels:
+    """Decode an image file that came as base64, as `decode` does.
+
+    Raises:
+        ImageError: also where it is no base64.
+    """
+    try:
+        data = base64.b64decode(text)
+    except (ValueError, TypeError) as error:
+        raise ImageError(f"{name}: not base64 ({error})") from error
+    return decode(data, name)
 
 
 def header(data: bytes, name: str = "image") -> tuple[int, int, str]:

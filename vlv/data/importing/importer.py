@@ -3,7 +3,7 @@
 import logging
 import os
 import shutil
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
@@ -142,12 +142,14 @@ class _Import:
             lost = {"image_missing", "outside_folder"} & set(tally.dropped)
             remedy = " If the images are in another folder, name it: --images FOLDER." if lost else ""
             return f"none of {tally.found} images can be used {dict(tally.dropped) or ''}.{remedy}"
-        if self._wants_captions and tally.captions_left_out and not tally.captions:
-            note = next(note for note in tally.notes if note.reason in tally.captions_left_out)
+        # What there was of captions, or may have been.
+        found = tally.captions_left_out + Counter(image_missing=tally.dropped["image_missing"])
+        if self._wants_captions and found and not tally.captions:
+            note = next(note for note in tally.notes if note.reason in found)
             return (
-                f"{tally.kept} images, but not one caption that can be used {dict(tally.captions_left_out)}, such as "
-                f"{note.path}: {note.message}. If they are in another column, name it: --caption-column NAME; if "
-                f"there are none, say so: --caption-column {NONE}."
+                f"{tally.kept} images, but not one caption that can be used {dict(found)}, such as {note.path}: "
+                f"{note.message}. If they are in another column, name it: --caption-column NAME; if there are none, "
+                f"say so: --caption-column {NONE}."
             )
         return None
 

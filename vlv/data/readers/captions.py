@@ -36,7 +36,7 @@ def pick(value: Any, rule: Rule, seed: int, name: str) -> tuple[str | None, dict
     if value is None:
         return None, {}
     if isinstance(value, list) and value and isinstance(value[0], dict):
-        value = _answer(value)
+        value = answer(value)
     texts = [value] if isinstance(value, str) else value
     if is_list_of_texts(texts):
         if not texts:
@@ -56,10 +56,11 @@ def is_list_of_texts(value: Any) -> bool:
     return isinstance(value, list) and all(isinstance(one, str) for one in value)
 
 
-def _answer(conversation: list[dict[str, Any]]) -> str:
+def answer(conversation: list[Any]) -> str:
     """What a model said of an image in LLaVA's form, [{from: human, value}, {from: gpt, value}].
 
-    Answers to several questions are no caption: none of them says what the image as a whole shows.
+    Raises:
+        ValueError: not one answer. Answers to several questions are no caption: none says what the whole image shows.
     """
     answers = [turn.get("value") for turn in conversation if isinstance(turn, dict) and turn.get("from") == "gpt"]
     if len(answers) != 1 or not isinstance(answers[0], str):

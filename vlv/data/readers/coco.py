@@ -1,5 +1,6 @@
 """COCO captions: an annotations file and a folder with its images, or the folder in which both lie."""
 
+import logging
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,26 +10,39 @@ from vlv import files
 from vlv.data.readers.listed import Entry
 from vlv.data.shards import DataError
 
+logger = logging.getLogger(__name__)
 
-def images_of(annotations: Path) -> Path:
-    """annotations/captions_train2017.json -> train2017, beside the annotations folder or in it.
 
-    Raises:
-        DataError: there is no such folder.
-    """
+def images_of(annotations: Path) -> Path | None:
+    """annotations/captions_train2017.json -> train2017, beside the annotations folder or in it; None: not there."""
     name = annotations.stem.removeprefix("captions_")
     above = annotations.parent.parent
-    found = next(
-        (one for one in (above / name, above / "images" / name, annotations.parent / name) if one.is_dir()), None
-    )
-    if found is None:
-        raise DataError(f"{above / name} is not a folder. Say where the images are: --images FOLDER")
-    return found
+    places = (above / name, above / "images" / name, annotations.parent / name)
+    return next((path for path in places if path.is_dir()), None)
 
 
 def in_folder(root: Path) -> list[Path]:
     """The captions files of a COCO folder: captions_NAME.json, in `annotations` or in the folder itself."""
     return sorted([*root.glob("annotations/captions_*.json"), *root.glob("captions_*.json")])
+
+
+def of_folder(root: Path) -> tuple[list[Path], Iterator[Entry]]:
+    """The captions files of a COCO folder whose images are there, and their entries; names are relative to `root`.
+
+    Raises:
+        DataError: none has its images there.
+    """
+    places = {path: images_of(path) for path in in_folder(root)}
+    found = {path: place for path, place in places.items() if place is not None}
+    for path in sorted(set(places) - set(found)):
+        logger.warning("%s is left out: its images are not in %s", path.name, root)
+    if not found:
+        raise DataError(
+            f"{root} has no captions file (annotations/captions_NAME.json) with its folder of images (NAME). "
+            "Name the file, and say where its images are: --images FOLDER"
+        )
+    named = ((path, place.relative_to(root).as_posix()) for path, place in found.items())
+    return list(found), (entry for path, name in named for entry in entries(path, f"{name}/"))
 
 
 def entries(annotations: Path, prefix: str = "") -> Iterator[Entry]:

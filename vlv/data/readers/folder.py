@@ -69,10 +69,13 @@ class FolderReader:
         """
         if self._captioned or self._list is None or not self.total():
             return
+        command = f"vlv data import {self._root / self._list}"
+        if self._list.lower().endswith((".txt", ".caption")):
+            command += " --format table"
         raise DataError(
             f"{self._root} holds {self._list}, but no image has a file with its caption beside it (NAME.txt, "
-            "NAME.caption or NAME.json). If that file lists images and captions: vlv data import "
-            f"{self._root / self._list} --images {self._root}. If there are no captions: --caption-column none"
+            f"NAME.caption or NAME.json). If that file lists images and captions: {command}. If there are no captions: "
+            "--caption-column none"
         )
 
     def total(self) -> int:

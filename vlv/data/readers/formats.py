@@ -53,7 +53,7 @@ def open_source(source: Path, scratch: Path, options: ReadOptions) -> Reader:
     if chosen in ("parquet", "arrow"):
         kind = ParquetReader if chosen == "parquet" else ArrowReader
         return kind(source, seed, rule, options.image_column, options.caption_column, options.images)
-    if chosen == "shards" or (chosen == "img2dataset" and (source.is_file() or _first(source, *TARS))):
+    if chosen == "shards" or (chosen == "img2dataset" and (source.is_file() or ".tar" in _inside(source))):
         return TarReader(source, seed, rule, ours=chosen == "shards")
     if not source.is_dir():
         raise DataError(f"{source} is not a folder")
@@ -66,24 +66,24 @@ def _listed(chosen: Format, source: Path, scratch: Path, options: ReadOptions) -
     """A reader of what some file lists."""
     image, caption = options.image_column, options.caption_column
     entries: Iterable[Entry]
-    if chosen == "coco":
-        tables = [source] if source.is_file() else coco.in_folder(source)
-        if options.images is not None or source.is_file():
-            folders = [options.images or coco.images_of(source)]
-            entries = (entry for one in tables for entry in coco.entries(one))
-        else:
-            folders = [source]
-            named = ((one, coco.images_of(one).relative_to(source).as_posix()) for one in tables)
-            entries = (entry for one, folder in named for entry in coco.entries(one, f"{folder}/"))
+    tables, folders = [source], [options.images or source]
+    if chosen == "coco" and source.is_dir():
+        tables, entries = coco.of_folder(source)
+    elif chosen == "coco":
+        images = options.images or coco.images_of(source)
+        if images is None:
+            raise DataError(f"{source}: its images are not beside it. Say where they are: --images FOLDER")
+        folders = [images]
+        entries = coco.entries(source)
     elif chosen == "imagefolder":
         tables = imagefolder.tables(source)
-        folders = [options.images or source]
         entries = imagefolder.entries(source, tables, image, caption)
     else:
         tables = [source] if source.is_file() else _conversations(source)
-        beside = tables[0].parent if tables else source
-        guesses = [beside, beside / "images", beside.parent, beside.parent / "images"]
-        folders = [options.images] if options.images is not None else [path for path in guesses if path.is_dir()]
+        if options.images is None and tables:
+            beside = tables[0].parent
+            guesses = (beside, beside / "images", beside.parent, beside.parent / "images")
+            folders = [path for path in guesses if path.is_dir()]
         entries = (entry for one in tables for entry in table.entries(one, image, caption))
     if not tables:
         raise DataError(
@@ -123,20 +123,21 @@ def guess(source: Path) -> Format:
 
 
 def _guess_folder(source: Path) -> Format:
+    inside = _inside(source)
+    with_images = not inside.isdisjoint(IMAGES)
     if (source / MANIFEST).exists() and (source / "train").is_dir():
         return "shards"
-    if _first(source, *TARS):
+    if ".tar" in inside:
         return "img2dataset"
     tables = sorted(source.glob("*.parquet"))[:1]
     if tables and is_table(tables[0]) and (source / tables[0].stem).is_dir():
         return "img2dataset"  # its "files" layout
-    if _first(source, ".arrow") and (_first(source, STATE) or not _first(source, *IMAGES)):
+    if ".arrow" in inside and (STATE in inside or not with_images):
         return "arrow"
-    with_images = _first(source, *IMAGES)
-    if _first(source, ".parquet") and not with_images:
-        return "parquet"
-    if with_images and imagefolder.tables(source):
+    if with_images and not inside.isdisjoint(imagefolder.NAMES):
         return "imagefolder"
+    if ".parquet" in inside and not with_images:
+        return "parquet"
     if coco.in_folder(source):
         return "coco"
     if len(_conversations(source)) == 1:
@@ -144,11 +145,17 @@ def _guess_folder(source: Path) -> Format:
     return "folder"
 
 
+def _inside(folder: Path) -> set[str]:
+    """The endings of all files at any depth (.tar for a compressed one too), and the names that tell a format."""
+    found: set[str] = set()
+    for _, _, names in os.walk(folder):
+        for name in names:
+            lower = name.lower()
+            found.add(".tar" if lower.endswith(TARS) else Path(lower).suffix)
+        found |= {STATE, *imagefolder.NAMES} & set(names)
+    return found
+
+
 def _conversations(source: Path) -> list[Path]:
     """LLaVA's files in a folder."""
     return [path for path in sorted(source.glob("*.json")) if table.is_conversations(path)]
-
-
-def _first(folder: Path, *endings: str) -> bool:
-    """Whether there is a file with one of these endings, at any depth."""
-    return any(name.lower().endswith(endings) for _, _, names in os.walk(folder) for name in names)

@@ -26,7 +26,7 @@ class Entry:
 
     Attributes:
         name: of the image, relative to the folder of images; of the line itself where it names no image.
-        caption: text, a list of texts, or LLaVA's conversation.
+        caption: text or a list of texts.
         caption_problem: a reason and a message, where there is none that can be used.
         meta: for the sample's JSON.
         fault: a reason and a message, where the line names no image.
@@ -34,7 +34,7 @@ class Entry:
     """
 
     name: str
-    caption: Any = None
+    caption: str | list[str] | None = None
     caption_problem: tuple[str, str] | None = None
     meta: dict[str, Any] = field(default_factory=dict)
     fault: tuple[str, str] | None = None
@@ -119,15 +119,13 @@ class ListedReader:
         group = [entry for entry in group if entry.listed] or group
         meta = group[0].meta
         said = [entry.caption for entry in group if entry.caption is not None]
-        texts = [text for one in said for text in (one if captions.is_list_of_texts(one) else [one])]
-        usable = [text for text in texts if not isinstance(text, str) or text.strip()]
+        texts = [text for one in said for text in ([one] if isinstance(one, str) else one)]
+        usable = [text for text in texts if text.strip()]
         if not usable:
             problem = ("caption_empty", "the caption is empty") if texts else group[0].caption_problem
             return Content(image, caption_problem=problem, meta=meta)
         try:
-            caption, others = captions.pick(
-                usable[0] if len(usable) == 1 else usable, self._rule, self._seed, group[0].name
-            )
+            caption, others = captions.pick(usable, self._rule, self._seed, group[0].name)
         except ValueError as error:
             return Content(image, caption_problem=("caption_unreadable", str(error)), meta=meta)
         return Content(image, caption, meta=meta | others)

@@ -48,7 +48,7 @@ def entries(table: Path, image: str | None, caption: str | None, prefix: str = "
     try:
         for where, row in _rows(table):
             if not isinstance(row, Mapping):
-                yield Entry(where, fault=("unreadable", row))
+                yield Entry(prefix + where, fault=("unreadable", row))
                 continue
             columns = columns or _choose(table, row, image, caption)
             yield _entry(table, where, row, columns, prefix)
@@ -71,11 +71,14 @@ def _entry(table: Path, where: str, row: Mapping[str, Any], columns: _Columns, p
     if isinstance(name, Mapping):  # parquet in Hugging Face's form
         name = name.get("path")
     if not isinstance(name, str) or not name.strip():
-        return Entry(where, fault=("image_missing", f"{columns.image} names no image"))
+        return Entry(prefix + where, fault=("image_missing", f"{columns.image} names no image"))
     said = None if columns.caption is None else row.get(columns.caption)
     problem = None if columns.caption is None else ("caption_missing", f"{table.name} has none")
-    if isinstance(said, list) and said and all(isinstance(turn, Mapping) for turn in said):
-        said = [{key: turn[key] for key in ("from", "value") if isinstance(turn.get(key), str)} for turn in said]
+    if isinstance(said, list) and said and isinstance(said[0], Mapping):
+        try:
+            said = captions.answer(said)
+        except ValueError as error:
+            said, problem = None, ("caption_unreadable", str(error))
     elif not (said is None or isinstance(said, str) or captions.is_list_of_texts(said)):
         said, problem = None, ("caption_unreadable", f"{columns.caption} holds neither text nor a list of texts")
     known = captions.facts({key: value for key, value in row.items() if key not in (columns.image, columns.caption)})

@@ -26,7 +26,8 @@ _DAMAGE = (tarfile.TarError, OSError, EOFError, zlib.error, ValueError, Overflow
 
 @dataclass
 class _Members:
-    """The members of one sample: extension -> offset and size in bytes, or the bytes where the tar is compressed.
+    """The members of one sample: extension -> offset and size in bytes; of a compressed tar the bytes of those that
+    are used.
 
     `problem`: why there is no sample.
     """
@@ -91,6 +92,8 @@ class TarReader:
                 place = f"{name}/{members.key}"
                 if members.problem is not None:
                     yield Found(number, index, place, None, "unreadable", members.problem)
+                elif not any(f".{end}" in IMAGES for end in members.places):
+                    yield Found(number, index, place, None, "image_missing", _no_image(members))
                 else:
                     yield Found(number, index, place, functools.partial(self._load, tar, members, place))
                 present.add(members.key)
@@ -144,10 +147,17 @@ class TarReader:
         )
 
 
+def _no_image(members: _Members) -> str:
+    return (
+        f"no image among its members ({', '.join(sorted(members.places))}); the members of a sample must follow one "
+        "another in the tar (tar --sort=name)"
+    )
+
+
 def _stem(tar: Path) -> str:
     """00000.tar and 00000.tar.gz -> 00000."""
     ending = next((one for one in ENDINGS if tar.name.lower().endswith(one)), "")
-    return tar.name.removesuffix(tar.name[len(tar.name) - len(ending) :])
+    return tar.name[: len(tar.name) - len(ending)]
 
 
 def _is_compressed(tar: Path) -> bool:
@@ -181,14 +191,19 @@ def _samples(tar: Path) -> Iterator[_Members]:
                 current = _Members(key)
             if member.issparse():
                 current.problem = f"{member.name} is stored as a sparse file"
-            elif member.size > _LARGEST:
+                continue
+            if member.size > _LARGEST:
                 current.problem = f"{member.name} has {member.size:,} bytes by its header"
-            elif compressed:
-                current.places[extension.lower()] = _slice(stream, member.offset_data, member.size)
-            else:
-                current.places[extension.lower()] = (member.offset_data, member.size)
+                continue
+            place = (member.offset_data, member.size)
+            read = compressed and _is_wanted(extension.lower())
+            current.places[extension.lower()] = _slice(stream, *place) if read else place
     if current is not None:
         yield current
+
+
+def _is_wanted(extension: str) -> bool:
+    return f".{extension}" in IMAGES or extension in (*_TEXTS, "json")
 
 
 def _members(archive: tarfile.TarFile, stream: BufferedIOBase) -> Iterator[tuple[int, tarfile.TarInfo | str]]:
