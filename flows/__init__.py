@@ -9,6 +9,7 @@ import os
 import tomllib
 from pathlib import Path
 
+from vlv import files
 from vlv.config import ConfigError, Paths
 
 _DEFAULTS = {
@@ -28,10 +29,9 @@ _DEFAULTS = {
 def _profile_names_a_server() -> bool:
     """Whether the user's active Prefect profile (`prefect config set`) points to a server of theirs."""
     try:
-        text = (Path.home() / ".prefect" / "profiles.toml").read_text(encoding="utf-8")
-        profiles = tomllib.loads(text)
+        profiles = tomllib.loads(files.read_text(Path.home() / ".prefect" / "profiles.toml"))
         active = profiles.get("profiles", {}).get(profiles.get("active", ""), {})
-    except (OSError, tomllib.TOMLDecodeError):
+    except (files.FileError, tomllib.TOMLDecodeError):
         return False
     return bool(active.get("PREFECT_API_URL"))
 

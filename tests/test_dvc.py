@@ -38,7 +38,7 @@ def test_a_stage2_parameter_runs_stage2_and_what_follows(trained: Path) -> None:
     params.write_text(params.read_text().replace(before, after))
     model = {path: path.read_bytes() for path in (trained / "work" / "stage1" / "model").iterdir() if path.is_file()}
     done = _dvc(trained, "repro")
-    assert _ran(done.stdout) == ["stage2", "evaluate", "register"]
+    assert _ran(done.stdout) == ["inputs", "stage2", "evaluate", "register"]
     assert model and all(path.read_bytes() == content for path, content in model.items())
     # what changed, in DVC's own words
     assert json.loads(_dvc(trained, "params", "diff", "--json").stdout) == {
@@ -49,6 +49,20 @@ def test_a_stage2_parameter_runs_stage2_and_what_follows(trained: Path) -> None:
     shown = _dvc(trained, "plots", "show", "--out", "shown").stdout
     page = (trained / "shown" / "index.html").read_text(encoding="utf-8")
     assert "index.html" in shown and "Stage 1: denoising loss" in page and "evaluate_grid" in page
+
+
+def test_code_that_decides_a_number_runs_its_stage_on_new_caches_and_a_comment_runs_nothing(trained: Path) -> None:
+    decoder = trained / "vlv" / "models" / "decoders" / "base.py"
+    decoder.write_text(decoder.read_text() + "\n# a comment\n")
+    assert _ran(_dvc(trained, "repro").stdout) == ["inputs"]
+    weights, cached = trained / "work/stage1/model/model.safetensors", trained / ".cache"
+    before, latents = weights.read_bytes(), set(cached.glob("latents-*"))
+    old, new = "posterior.std * scale", "posterior.std * scale * 3.0"
+    assert decoder.read_text().count(old) == 1
+    decoder.write_text(decoder.read_text().replace(old, new))
+    assert _ran(_dvc(trained, "repro", "stage1").stdout) == ["inputs", "stage1"]
+    assert weights.read_bytes() != before
+    assert len(set(cached.glob("latents-*")) - latents) == 1
 
 
 def test_a_fresh_clone_makes_the_pinned_data_without_a_remote(trained_smoke: Path, tmp_path: Path) -> None:

@@ -9,12 +9,13 @@ import torch
 from tests.test_training import SETTINGS, _batches, _Regression, _stopping
 from vlv import files
 from vlv.config import Compute
-from vlv.training import ledger, loop, runtime
+from vlv.stopping import Stopped
+from vlv.training import ledger, loop
 from vlv.training.energy import EnergyMeter
 
 
 def test_sessions_add_up_and_operations_are_counted(tmp_path: Path) -> None:
-    with pytest.raises(runtime.Stopped):
+    with pytest.raises(Stopped):
         loop.train(_Regression(), _stopping(3), SETTINGS, tmp_path, "same")
     first = files.read_json(tmp_path / ledger.NAME)
     assert (first["sessions"], first["samples"]) == (1, 4 * SETTINGS.batch_size)

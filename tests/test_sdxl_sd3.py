@@ -21,6 +21,7 @@ from vlv.models.conditioners.base import Context
 from vlv.models.decoders.sd3 import SD3Decoder
 from vlv.models.decoders.sdxl import SDXLDecoder
 from vlv.models.decoders.stable_diffusion import StableDiffusionDecoder
+from vlv.preprocessing import Preprocessing
 
 PROMPTS = ["A dog is at the top left.", "The background is pink. There is a cat at the center."]
 UNIFORM = Timesteps(mode="uniform")
@@ -232,7 +233,7 @@ def test_200_steps_on_four_pictures_lower_the_loss_and_move_nothing_frozen(kind:
     smoke = profile("smoke")
     torch.manual_seed(0)
     section = smoke.encoder.model_copy(update={"weights": "pretrained"})
-    encoder = pretrained.encoder(section, model.conditioner.width, paths, None)
+    encoder = pretrained.encoder(section, Preprocessing(32, "bicubic", 64), model.conditioner.width, paths, None)
     encoder.set_learning("queries_only")
     settings = smoke.stage1.model_copy(update={"timesteps": HIGH_NOISE, "draws_per_image": 1})
     autoencoder = Autoencoder(encoder, model, settings)

@@ -23,7 +23,6 @@ import tempfile
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any
 
 import filelock
 
@@ -116,9 +115,13 @@ def _is_cached(folder: Path, wheel: _Wheel) -> bool:
     marker = folder / ".asset.json"
     if not marker.exists():
         return False
-    found: dict[str, Any] = files.read_json(marker)
-    intact = (folder / PurePosixPath(wheel.member).name).exists() and found["member"] == wheel.member
-    return intact and wheel.sha256 in (None, found["wheel_sha256"])
+    try:
+        found = files.read_json_object(marker)
+    except files.FileError as error:
+        logger.warning("%s Fetching it again.", error)
+        return False
+    intact = (folder / PurePosixPath(wheel.member).name).exists() and found.get("member") == wheel.member
+    return intact and wheel.sha256 in (None, found.get("wheel_sha256"))
 
 
 def _fetch(wheel: _Wheel, folder: Path) -> None:
@@ -232,5 +235,5 @@ def _weights(folder: Path) -> list[str]:
     pipeline = folder / "model_index.json"
     if not pipeline.exists():
         return ["*.safetensors"]
-    parts = [name for name, kind in files.read_json(pipeline).items() if isinstance(kind, list) and all(kind)]
+    parts = [name for name, kind in files.read_json_object(pipeline).items() if isinstance(kind, list) and all(kind)]
     return [f"{name}/*.safetensors" for name in parts if name != "safety_checker"]

@@ -13,8 +13,9 @@ class SentenceModel:
     """A sentence-transformers model with mean pooling (Reimers and Gurevych 2019), such as all-MiniLM-L6-v2."""
 
     def __init__(self, folder: Path, device: torch.device | None = None) -> None:
-        self._tokenizer = AutoTokenizer.from_pretrained(folder)
-        self._model: Any = AutoModel.from_pretrained(folder, use_safetensors=True).eval().to(device or "cpu")
+        self._tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        model: Any = AutoModel.from_pretrained(folder, use_safetensors=True, trust_remote_code=False)
+        self._model = model.eval().to(device or "cpu")
 
     @torch.no_grad()
     def embed(self, sentences: Sequence[str], batch_size: int = 64) -> torch.Tensor:

@@ -227,7 +227,7 @@ def _write_pictures(
         for key, text, true in zip(test.keys, written, test.captions, strict=True)
     ]
     files.write_json(folder / "captions.json", captions)
-    result = files.read_json(paths.metrics / "evaluate.json")
+    result = files.read_json_object(paths.metrics / "evaluate.json")
     if "scenes" in result:
         groups = {"captions": result["scenes"], **result["scenes"]["floors"]}
         report.plot_scores(groups, "Captions of held-out scenes", paths.plots / "evaluate.png")

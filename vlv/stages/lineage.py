@@ -10,11 +10,12 @@ if TYPE_CHECKING:
     import torch
 
 # What each stage reads of the configuration. tests/test_closure.py holds dvc.yaml to it.
+_BUILT = ["data.image_size", "data.resize", "decoder", "encoder"]
 SETTINGS = {
     "validate": ["data"],
-    "stage1": ["data.image_size", "decoder", "encoder", "stage1"],
-    "stage2": ["data.image_size", "decoder", "encoder", "language_model", "stage1", "stage2"],
-    "evaluate": ["data.image_size", "decoder", "encoder", "evaluate", "language_model", "profile", "stage1", "stage2"],
+    "stage1": [*_BUILT, "stage1"],
+    "stage2": [*_BUILT, "language_model", "stage1", "stage2"],
+    "evaluate": [*_BUILT, "language_model", "profile", "stage1", "stage2", "evaluate"],
     "register": ["profile", "register"],
 }
 # How a step is computed, not what: a stopped training may go on with another choice.

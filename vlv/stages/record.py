@@ -1,5 +1,6 @@
 """What a training stage leaves besides its model: curve, figures, plot, and its MLflow run."""
 
+import math
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -68,14 +69,13 @@ def training_record(
             mirror.log(values, step)
 
         yield on_log
-        # A resumed training may have logged some steps twice: the last word counts.
-        rows = list({row["step"]: row for row in files.read_json_lines(curve)}.values())
+        rows = _rows(curve, run)
         last = rows[-max(1, len(rows) // 20) :]
         seconds = sum(training.log_every * training.batch_size / row["samples_per_second"] for row in rows)
         record.figures |= {
             "steps": training.steps,
             "samples": training.steps * training.batch_size,
-            "final_loss": round(sum(row["loss"] for row in last) / len(last), 5),
+            "final_loss": round(sum(row["loss"] for row in last) / len(last), 5) if last else None,
             "training_seconds": round(seconds, 1),
             "cost": ledger.costs(record.training, settings.compute),
         }
@@ -88,6 +88,22 @@ def training_record(
         run.log_metrics(numbers, training.steps)
     for old in record.folder.glob("training-*"):
         shutil.rmtree(old)
+
+
+def _rows(curve: Path, run: tracking.Run) -> list[dict[str, float]]:
+    """The curve by step. A resumed training may have logged some steps twice: the last word counts.
+
+    Lines that a kill or a bad disk took from the file come from the run's journal, which has the same points.
+    """
+    keys = ("loss", "learning_rate", "samples_per_second")
+
+    def is_point(row: dict[str, Any]) -> bool:
+        numbers = all(isinstance(row.get(key), float) and math.isfinite(row[key]) for key in keys)
+        return numbers and isinstance(row.get("step"), int) and row["samples_per_second"] > 0
+
+    points: dict[int, dict[str, float]] = {step: {"step": step, **rest} for step, rest in run.curve(keys).items()}
+    points |= {row["step"]: row for row in files.read_json_lines(curve, is_point)}
+    return [points[step] for step in sorted(points)]
 
 
 def log_data(run: tracking.Run, paths: Paths) -> None:

@@ -48,7 +48,7 @@ def train_captioner(
     device = runtime.join(settings.compute.patience_minutes)
     captioner = Captioner.build(settings, paths)
     captioner.encoder.load_state_dict(encoder.state_dict())
-    captioner.set_learning(s.learn, settings.stage1.learn)
+    captioner.choose(settings)
     captioner.to(device)
     loader = _loader(settings, paths, captioner)
     cut = 0

@@ -1,17 +1,20 @@
 """Which format a source has, and the reader for it."""
 
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import get_args
 
-from vlv.data.readers import coco
-from vlv.data.readers.coco import CocoReader
+from vlv.data.readers import coco, imagefolder, table
+from vlv.data.readers.arrow import STATE, ArrowReader
 from vlv.data.readers.folder import FilesReader, FolderReader
 from vlv.data.readers.found import IMAGES, Reader
 from vlv.data.readers.img2dataset import is_table
+from vlv.data.readers.listed import Entry, ListedReader
 from vlv.data.readers.names import Format, Rule
 from vlv.data.readers.parquet import ParquetReader
+from vlv.data.readers.tars import ENDINGS as TARS
 from vlv.data.readers.tars import TarReader
 from vlv.data.shards import MANIFEST, DataError
 
@@ -22,9 +25,9 @@ FORMATS: tuple[str, ...] = get_args(Format)
 class ReadOptions:
     """How a source is read; what a format does not know it ignores.
 
-    `format` None: guessed. `images` is COCO's folder of images, `image_column` and `caption_column` are parquet's
-    (None: guessed; caption_column "none": no captions), `rule` chooses one of several captions, `seed` decides it
-    and the order of the source.
+    `format` None: guessed. `images` is the folder of images of a format that names them (None: guessed).
+    `image_column` and `caption_column` are those of a format with columns (None: guessed); caption_column "none":
+    there are no captions. `rule` chooses one of several captions, `seed` decides it and the order of the source.
     """
 
     format: Format | None = None
@@ -44,16 +47,52 @@ def open_source(source: Path, scratch: Path, options: ReadOptions) -> Reader:
     chosen = options.format or guess(source)
     if not source.exists():
         raise DataError(f"There is no {source}")
+    if chosen in ("coco", "table", "llava", "imagefolder"):
+        return _listed(chosen, source, scratch, options)
     seed, rule = options.seed, options.rule
-    if chosen == "coco":
-        return CocoReader(source, options.images, seed, rule)
-    if chosen == "parquet":
-        return ParquetReader(source, seed, rule, options.image_column, options.caption_column)
-    if chosen == "shards" or (chosen == "img2dataset" and (source.is_file() or _first(source, ".tar"))):
+    if chosen in ("parquet", "arrow"):
+        kind = ParquetReader if chosen == "parquet" else ArrowReader
+        return kind(source, seed, rule, options.image_column, options.caption_column, options.images)
+    if chosen == "shards" or (chosen == "img2dataset" and (source.is_file() or _first(source, *TARS))):
         return TarReader(source, seed, rule, ours=chosen == "shards")
     if not source.is_dir():
         raise DataError(f"{source} is not a folder")
-    return (FilesReader if chosen == "img2dataset" else FolderReader)(source, scratch, seed, rule)
+    if chosen == "img2dataset":
+        return FilesReader(source, scratch, seed, rule)
+    return FolderReader(source, scratch, seed, rule)
+
+
+def _listed(chosen: Format, source: Path, scratch: Path, options: ReadOptions) -> ListedReader:
+    """A reader of what some file lists."""
+    image, caption = options.image_column, options.caption_column
+    entries: Iterable[Entry]
+    if chosen == "coco":
+        tables = [source] if source.is_file() else coco.in_folder(source)
+        if options.images is not None or source.is_file():
+            folders = [options.images or coco.images_of(source)]
+            entries = (entry for one in tables for entry in coco.entries(one))
+        else:
+            folders = [source]
+            named = ((one, coco.images_of(one).relative_to(source).as_posix()) for one in tables)
+            entries = (entry for one, folder in named for entry in coco.entries(one, f"{folder}/"))
+    elif chosen == "imagefolder":
+        tables = imagefolder.tables(source)
+        folders = [options.images or source]
+        entries = imagefolder.entries(source, tables, image, caption)
+    else:
+        tables = [source] if source.is_file() else _conversations(source)
+        beside = tables[0].parent if tables else source
+        guesses = [beside, beside / "images", beside.parent, beside.parent / "images"]
+        folders = [options.images] if options.images is not None else [path for path in guesses if path.is_dir()]
+        entries = (entry for one in tables for entry in table.entries(one, image, caption))
+    if not tables:
+        raise DataError(
+            f"{source} has no file that lists its images, as {chosen} has; name the file, or another --format"
+        )
+    missing = next((folder for folder in folders if not folder.is_dir()), None)
+    if missing is not None:
+        raise DataError(f"{missing} is not a folder. Say where the images are: --images FOLDER")
+    return ListedReader(chosen, tables, entries, folders, scratch, options.seed, options.rule)
 
 
 def guess(source: Path) -> Format:
@@ -66,30 +105,48 @@ def guess(source: Path) -> Format:
         return _guess_folder(source)
     if not source.exists():
         raise DataError(f"There is no {source}")
-    ending = source.suffix.lower()
-    if ending == ".parquet":
-        return "parquet"
-    if ending == ".tar":
+    name, ending = source.name.lower(), source.suffix.lower()
+    if ending in (".parquet", ".arrow"):
+        return "parquet" if ending == ".parquet" else "arrow"
+    if name.endswith(TARS):
         return "img2dataset"
     if ending == ".json" and coco.is_annotations(source):
         return "coco"
+    if ending == ".json" and table.is_conversations(source):
+        return "llava"
+    if ending in table.ENDINGS:
+        return "table"
     raise DataError(
-        f"{source} is not a folder, and neither a .parquet, a .tar nor a COCO annotations file (.json). "
-        f"If it is one of {', '.join(FORMATS)}, say so: --format NAME"
+        f"{source} is neither a folder nor a file that ends in .parquet, .arrow, {', '.join(TARS)}, "
+        f"{', '.join(table.ENDINGS)}. If it is one of {', '.join(FORMATS)}, say so: --format NAME"
     )
 
 
 def _guess_folder(source: Path) -> Format:
     if (source / MANIFEST).exists() and (source / "train").is_dir():
         return "shards"
-    if _first(source, ".tar"):
+    if _first(source, *TARS):
         return "img2dataset"
     tables = sorted(source.glob("*.parquet"))[:1]
     if tables and is_table(tables[0]) and (source / tables[0].stem).is_dir():
         return "img2dataset"  # its "files" layout
-    if _first(source, ".parquet") and not _first(source, *IMAGES):
+    if _first(source, ".arrow") and (_first(source, STATE) or not _first(source, *IMAGES)):
+        return "arrow"
+    with_images = _first(source, *IMAGES)
+    if _first(source, ".parquet") and not with_images:
         return "parquet"
+    if with_images and imagefolder.tables(source):
+        return "imagefolder"
+    if coco.in_folder(source):
+        return "coco"
+    if len(_conversations(source)) == 1:
+        return "llava"
     return "folder"
+
+
+def _conversations(source: Path) -> list[Path]:
+    """LLaVA's files in a folder."""
+    return [path for path in sorted(source.glob("*.json")) if table.is_conversations(path)]
 
 
 def _first(folder: Path, *endings: str) -> bool:
