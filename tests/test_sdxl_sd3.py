@@ -233,7 +233,7 @@ def test_200_steps_on_four_pictures_lower_the_loss_and_move_nothing_frozen(kind:
     smoke = profile("smoke")
     torch.manual_seed(0)
     section = smoke.encoder.model_copy(update={"weights": "pretrained"})
-    encoder = pretrained.encoder(section, Preprocessing(32, "bicubic", 64), model.conditioner.width, paths, None)
+    encoder = pretrained.encoder(section, Preprocessing(16, "bicubic", 64), model.conditioner.width, paths, None)
     encoder.set_learning("queries_only")
     settings = smoke.stage1.model_copy(update={"timesteps": HIGH_NOISE, "draws_per_image": 1})
     autoencoder = Autoencoder(encoder, model, settings)
@@ -275,7 +275,8 @@ def test_a_folder_in_diffusers_form_is_loaded_and_serves_both_stages(kind: str, 
 
     smoke = profile("smoke")
     encoder = smoke.encoder.model_copy(update={"start_on_text_side": False})
-    settings = smoke.model_copy(update={"decoder": section, "encoder": encoder})
+    data = smoke.data.model_copy(update={"image_size": 32})
+    settings = smoke.model_copy(update={"data": data, "decoder": section, "encoder": encoder})
     pixels = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8)
     autoencoder = Autoencoder.build(settings, paths)
     autoencoder.save(tmp_path / "stage1", settings, paths, "card")

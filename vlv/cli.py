@@ -114,8 +114,19 @@ def version() -> None:
 @app.command()
 def run(
     stage: Annotated[StageName, typer.Argument(help="The stage to run, whether it is stale or not.")],
+    adopt: Annotated[
+        bool,
+        typer.Option(
+            "--adopt",
+            help="Go on from an unfinished training that was begun by other code; what differs goes to its figures.",
+        ),
+    ] = False,
 ) -> None:
     """Run one stage, stale or not. [dim]To run only what is stale: dvc repro STAGE[/]"""
+    if adopt:
+        from vlv.stages import adoption
+
+        typer.echo(f"Going on with {adoption.adopt(stage.value, Paths.find())}")
     stages.run(stage.value, Paths.find())
 
 

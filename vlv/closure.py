@@ -27,6 +27,7 @@ NEUTRAL = (
     "vlv.assets",  # fetches files; their contents are hashed by whoever uses them
     "vlv.closure",  # names what a result is made from
     "vlv.stages.lineage",
+    "vlv.stages.adoption",
     "vlv.files",  # moves bytes; a number that passes through it is written and read as it is
     "vlv.tracking",  # MLflow's records
     "vlv.progress",  # the screen

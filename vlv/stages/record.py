@@ -11,6 +11,8 @@ from vlv import files, tracking
 from vlv.config import Config, Paths, Training
 from vlv.data import shards
 from vlv.evaluation import report
+from vlv.stages import adoption
+from vlv.stages.lineage import Origin
 from vlv.tracking.mirror import mirrored
 from vlv.tracking.run import flatten
 from vlv.training import ledger, runtime
@@ -21,16 +23,16 @@ class Record:
 
     Attributes:
         model: the finished model's folder (a DVC output).
-        training: checkpoints and curve of this very training (its fingerprint is in the name, so that
-            another configuration starts anew); removed when the stage is finished.
+        training: checkpoints and curve of this very training (its input hash is in the name, so that other settings
+            or other code start anew); removed when the stage is finished.
         figures: what goes to metrics/STAGE.json.
     """
 
-    def __init__(self, stage: str, paths: Paths, fingerprint: str) -> None:
-        self.stage, self.paths = stage, paths
+    def __init__(self, stage: str, paths: Paths, origin: Origin) -> None:
+        self.stage, self.paths, self.origin = stage, paths, origin
         self.folder = paths.work / stage
         self.model = self.folder / "model"
-        self.training = self.folder / f"training-{fingerprint[:12]}"
+        self.training = self.folder / f"training-{origin.input_hash[:12]}"
         self.figures: dict[str, Any] = {}
 
     def result(self) -> dict[str, Any]:
@@ -68,10 +70,12 @@ def training_record(
             run.log_metrics(values, step)
             mirror.log(values, step)
 
+        adopted = adoption.begin(record.training, record.origin)
         yield on_log
         rows = _rows(curve, run)
         last = rows[-max(1, len(rows) // 20) :]
         seconds = sum(training.log_every * training.batch_size / row["samples_per_second"] for row in rows)
+        record.figures |= {"adopted": adopted} if adopted else {}
         record.figures |= {
             "steps": training.steps,
             "samples": training.steps * training.batch_size,
