@@ -41,7 +41,7 @@ full-train: env
 	@$(BIN)/python -m flows.full_train
 
 check: lint
-	$(PYTEST) -m "not server and not training" --cov --cov-report=
+	$(PYTEST) -m "not server and not training and not slow" --cov --cov-report=
 
 test: env
 	$(PYTEST)

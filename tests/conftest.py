@@ -41,7 +41,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def _length(item: pytest.Item) -> int:
-    order = ("server", "training")
+    order = ("server", "training", "slow")
     return next((place for place, name in enumerate(order) if item.get_closest_marker(name)), len(order))
 
 

@@ -71,7 +71,7 @@ def _garble_middle(path: Path) -> None:
 # The file, what is done to it, and what the warning says; None: nothing, for nothing is lost.
 CASES: dict[str, tuple[str, Damage, str | None]] = {
     "curve torn": ("curve.jsonl", lambda path: path.write_bytes(path.read_bytes()[:-20]), None),
-    "curve torn further": ("curve.jsonl", lambda path: path.open("ab").write(b'{"step": 8, "lo'), None),
+    "curve torn further": ("curve.jsonl", lambda path: path.write_bytes(path.read_bytes() + b'{"step": 8, "lo'), None),
     "curve garbled": ("curve.jsonl", _garble_middle, "curve.jsonl: 2 damaged lines"),
     "curve emptied": ("curve.jsonl", lambda path: path.write_bytes(b""), None),
     "curve of other things": (

@@ -14,12 +14,12 @@ from torch.overrides import TorchFunctionMode
 from transformers import Florence2Config, Florence2ForConditionalGeneration
 
 from tests.conftest import profile
-from vlv import config, draws, dropout
+from vlv import config, draws, dropout, stopping
 from vlv.config import Paths
 from vlv.models.autoencoder import Autoencoder, Stage1Batch
 from vlv.models.captioner import Captioner, Stage2Batch
 from vlv.models.encoder import CaptionEncoder
-from vlv.training import blocks, loop, runtime
+from vlv.training import blocks, loop
 
 RELEASE = {"dropout": 0.1, "drop_path": 0.1, "query_std": 1.0}
 
@@ -197,7 +197,7 @@ def _train(settings: config.Config, paths: Paths, folder: Path, stop_at: int = -
 def test_stopped_and_resumed_with_dropout_it_ends_in_the_same_bits(paths: Paths, tmp_path: Path) -> None:
     settings = _smoke()
     whole = _train(settings, paths, tmp_path / "whole")
-    with pytest.raises(runtime.Stopped):
+    with pytest.raises(stopping.Stopped):
         _train(settings, paths, tmp_path / "cut", stop_at=3)
     torch.manual_seed(99)  # torch's own generator plays no part
     resumed = _train(settings, paths, tmp_path / "cut")

@@ -31,6 +31,7 @@ def small(pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str,
     return photographs.parts(tmp_path_factory.mktemp("parts"), sentences)
 
 
+@pytest.mark.training
 @pytest.mark.parametrize("profile", ["photos", "photos-offline"])
 def test_from_the_import_to_the_registry(
     profile: str, pictures: Path, small: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
