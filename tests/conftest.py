@@ -1,6 +1,5 @@
 """What several test files share: the sprites, and small sets of emoji scenes."""
 
-import os
 import shutil
 import signal
 from collections.abc import Callable
@@ -8,15 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from vlv import assets, config
+from vlv import assets, config, telemetry
 from vlv.data import sources
 
-# Nothing phones home from a test; the children inherit it.
-for _name, _value in {
-    "GX_ANALYTICS_ENABLED": "false", "DO_NOT_TRACK": "true", "MLFLOW_DISABLE_TELEMETRY": "true",
-    "PREFECT_SERVER_ANALYTICS_ENABLED": "false", "DVC_NO_ANALYTICS": "1", "HF_HUB_DISABLE_TELEMETRY": "1",
-}.items():  # fmt: skip
-    os.environ[_name] = _value
+telemetry.off()  # for the children too
 
 # A shell starts what it puts into the background with Ctrl-C ignored, and children inherit that: tests that interrupt
 # a flow would wait for ever.

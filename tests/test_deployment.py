@@ -20,7 +20,7 @@ PREFECT = projects.python("-m", "prefect")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
     """A Prefect server with the pool; yields the environment that leads there."""
     with servers.prefect(tmp_path_factory.mktemp("prefect")) as where:
-        pool = projects.run([*PREFECT, "work-pool", "create", "vlv", "--type", "process"], Path.cwd(), **where)
+        pool = projects.run(projects.python("-m", "flows.pool"), Path.cwd(), **where)
         assert pool.returncode == 0, pool.stderr
         yield where
 

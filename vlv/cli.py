@@ -16,7 +16,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from vlv import __version__, cli_convert, cli_data, cli_plan, cli_registry
+from vlv import __version__, cli_convert, cli_data, cli_plan, cli_registry, telemetry
 from vlv.config import Paths
 
 # Exit codes of the library's errors; of all others that it names: ANSWER.
@@ -26,10 +26,6 @@ EXIT_CODES = {
     "vlv.stopping.Stopped": 128 + signal.SIGTERM,  # asked to stop, and saved
 }
 _QUIET = {
-    "DO_NOT_TRACK": "true",
-    "GX_ANALYTICS_ENABLED": "false",
-    "HF_HUB_DISABLE_TELEMETRY": "1",
-    "MLFLOW_DISABLE_TELEMETRY": "true",
     "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
     "TOKENIZERS_PARALLELISM": "false",
 }
@@ -75,6 +71,7 @@ for _command in (cli_plan.plan, cli_plan.rehearse, cli_registry.promote, cli_reg
 
 @app.callback()
 def _begin() -> None:
+    telemetry.off()
     for name, value in _QUIET.items():
         os.environ.setdefault(name, value)
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
