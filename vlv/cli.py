@@ -10,13 +10,12 @@ import signal
 import sys
 from enum import StrEnum
 from pathlib import Path
-from types import FrameType
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 
-from vlv import __version__, cli_convert, cli_data, cli_plan, cli_registry, telemetry
+from vlv import __version__, cli_convert, cli_data, cli_plan, cli_registry, stopping, telemetry
 from vlv.config import Paths
 
 # Exit codes of the library's errors; of all others that it names: ANSWER.
@@ -76,11 +75,7 @@ def _begin() -> None:
         os.environ.setdefault(name, value)
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     logging.getLogger("vlv").setLevel(logging.INFO)
-    signal.signal(signal.SIGTERM, _terminated)
-
-
-def _terminated(_number: int, _frame: FrameType | None) -> None:
-    raise SystemExit(128 + signal.SIGTERM)  # 143: context managers close, MLflow runs end as KILLED
+    signal.signal(signal.SIGTERM, stopping.terminated)
 
 
 _Images = Annotated[Path, typer.Argument(metavar="DIR", help="Folder of images, or one image.", exists=True)]
@@ -119,6 +114,7 @@ def run(
     """Run one stage, stale or not. [dim]To run only what is stale: dvc repro STAGE[/]"""
     from vlv import stages
 
+    stopping.end_with_dvc()
     stages.run(stage.value, Paths.find())
 
 
