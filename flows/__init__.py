@@ -9,17 +9,10 @@ import os
 import tomllib
 from pathlib import Path
 
-from vlv import files
+from vlv import files, telemetry
 from vlv.config import ConfigError, Paths
 
 _DEFAULTS = {
-    "DO_NOT_TRACK": "true",  # MLflow honours only "true"
-    "DVC_NO_ANALYTICS": "1",
-    "GX_ANALYTICS_ENABLED": "false",
-    "HF_HUB_DISABLE_TELEMETRY": "1",
-    "MLFLOW_DISABLE_TELEMETRY": "true",
-    "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
-    "PREFECT_CLOUD_ENABLE_ORCHESTRATION_TELEMETRY": "false",
     # The temporary server needs about 20 s on two busy cores, Prefect waits 20 s by default.
     "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "120",
     "PREFECT_SERVER_ALLOW_EPHEMERAL_MODE": "true",
@@ -37,6 +30,7 @@ def _profile_names_a_server() -> bool:
 
 
 def _set_defaults() -> None:
+    telemetry.off()
     for name, value in _DEFAULTS.items():
         os.environ.setdefault(name, value)
     chosen = {"PREFECT_API_URL", "PREFECT_HOME", "PREFECT_PROFILE"} & set(os.environ)

@@ -1,6 +1,5 @@
 """What several test files share: sprites, small sets of scenes, projects, servers; and the order of the tests."""
 
-import os
 import shutil
 import signal
 from collections.abc import Callable, Iterator
@@ -9,15 +8,10 @@ from pathlib import Path
 import pytest
 
 from tests import projects, servers, sharing
-from vlv import assets, config
+from vlv import assets, config, telemetry
 from vlv.data import sources
 
-# Nothing phones home from a test; the children inherit it.
-for _name, _value in {
-    "GX_ANALYTICS_ENABLED": "false", "DO_NOT_TRACK": "true", "MLFLOW_DISABLE_TELEMETRY": "true",
-    "PREFECT_SERVER_ANALYTICS_ENABLED": "false", "DVC_NO_ANALYTICS": "1", "HF_HUB_DISABLE_TELEMETRY": "1",
-}.items():  # fmt: skip
-    os.environ[_name] = _value
+telemetry.off()  # for the children too
 
 # A shell starts what it puts into the background with Ctrl-C ignored, and children inherit that: tests that interrupt
 # a flow would wait for ever.
@@ -138,8 +132,7 @@ def trained(trained_smoke: Path, tmp_path: Path) -> Path:
 def prefect_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
     """A Prefect server with the work pool `vlv`; yields the environment that leads there."""
     with servers.prefect(tmp_path_factory.mktemp("prefect")) as where:
-        pool = ["-m", "prefect", "work-pool", "create", "vlv", "--type", "process"]
-        made = projects.run(projects.python(*pool), Path.cwd(), **where)
+        made = projects.run(projects.python("-m", "flows.pool"), Path.cwd(), **where)
         assert made.returncode == 0, made.stderr
         yield where
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import yaml
 
-from vlv import files
+from vlv import files, telemetry
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 
@@ -72,13 +72,13 @@ def environment(**more: str) -> dict[str, str]:
     """This environment with its programs first in PATH, without what a surrounding run may have set."""
     clean = {key: value for key, value in os.environ.items() if not key.startswith(("PREFECT", "VLV_", "MLFLOW"))}
     path = os.pathsep.join([str(Path(sys.executable).parent), clean.get("PATH", "")])
-    return {**clean, "PATH": path, "DVC_NO_ANALYTICS": "1", "DO_NOT_TRACK": "true", **more}
+    return {**clean, **telemetry.SWITCHES, "PATH": path, **more}
 
 
 def bare(folder: Path) -> Path:
     """A git and DVC project with the repository's own settings for both, and its flows and deployments."""
     folder.mkdir(parents=True, exist_ok=True)
-    for name in (".dvcignore", ".gitignore", "prefect.yaml"):
+    for name in (".dvcignore", ".gitignore", "prefect.toml", "prefect.yaml"):
         shutil.copy(REPOSITORY / name, folder / name)
     shutil.copytree(REPOSITORY / "configs", folder / "configs")
     shutil.copytree(REPOSITORY / "flows", folder / "flows", ignore=shutil.ignore_patterns("__pycache__"))

@@ -31,6 +31,7 @@ _LEVELS = {
         "progress",
         "pinning",
         "stopping",
+        "telemetry",
     },
 }
 _LEVEL = {name: level for level, names in _LEVELS.items() for name in names}
@@ -96,7 +97,7 @@ def test_imports_run_one_way() -> None:
 def test_flows_reach_down_to_the_bottom_only() -> None:
     for path in _sources("flows"):
         found = {_part(dotted) for dotted in _imports(_tree(path))} - {""}
-        assert found <= {"config", "files", "tracking"}, path
+        assert found <= {"config", "files", "telemetry", "tracking"}, path
 
 
 # Pickled tensors are read here, with weights_only, and nowhere else.

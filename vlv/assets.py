@@ -13,7 +13,6 @@ Three forms, one call, one kind of error:
 import functools
 import importlib.util
 import logging
-import os
 import re
 import shutil
 import stat
@@ -26,7 +25,7 @@ from pathlib import Path, PurePosixPath
 
 import filelock
 
-from vlv import files
+from vlv import files, telemetry
 from vlv.config import Paths
 
 logger = logging.getLogger(__name__)
@@ -204,7 +203,7 @@ def _resolve_hub(reference: str) -> Path:
         raise AssetError(
             f"{reference!r} is not of the form hf:OWNER/NAME[@REVISION] or hf:datasets/OWNER/NAME[@REVISION]"
         )
-    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    telemetry.off()
     import huggingface_hub  # half a second
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
 

@@ -10,13 +10,12 @@ import signal
 import sys
 from enum import StrEnum
 from pathlib import Path
-from types import FrameType
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 
-from vlv import __version__, cli_convert, cli_data, cli_plan, cli_registry, stages
+from vlv import __version__, cli_convert, cli_data, cli_plan, cli_registry, stages, stopping, telemetry
 from vlv.config import Paths
 
 # Exit codes of the library's errors; of all others that it names: ANSWER.
@@ -29,10 +28,6 @@ EXIT_CODES = {
     "vlv.stopping.Stopped": 128 + signal.SIGTERM,  # asked to stop, and saved
 }
 _QUIET = {
-    "DO_NOT_TRACK": "true",
-    "GX_ANALYTICS_ENABLED": "false",
-    "HF_HUB_DISABLE_TELEMETRY": "1",
-    "MLFLOW_DISABLE_TELEMETRY": "true",
     "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
     "TOKENIZERS_PARALLELISM": "false",
 }
@@ -78,15 +73,12 @@ for _command in (cli_plan.plan, cli_plan.rehearse, cli_registry.promote, cli_reg
 
 @app.callback()
 def _begin() -> None:
+    telemetry.off()
     for name, value in _QUIET.items():
         os.environ.setdefault(name, value)
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     logging.getLogger("vlv").setLevel(logging.INFO)
-    signal.signal(signal.SIGTERM, _terminated)
-
-
-def _terminated(_number: int, _frame: FrameType | None) -> None:
-    raise SystemExit(128 + signal.SIGTERM)  # 143: context managers close, MLflow runs end as KILLED
+    signal.signal(signal.SIGTERM, stopping.terminated)
 
 
 _Images = Annotated[Path, typer.Argument(metavar="DIR", help="Folder of images, or one image.", exists=True)]
@@ -127,6 +119,7 @@ def run(
         from vlv.stages import adoption
 
         typer.echo(f"Going on with {adoption.adopt(stage.value, Paths.find())}")
+    stopping.end_with_dvc()
     stages.run(stage.value, Paths.find())
 
 

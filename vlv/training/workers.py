@@ -19,6 +19,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from vlv import files
 from vlv.config import ConfigError
 from vlv.stopping import Stopped, end_with
@@ -26,6 +28,7 @@ from vlv.stopping import Stopped, end_with
 log = logging.getLogger(__name__)
 
 _GRACE_SECONDS = 20.0  # to leave after another worker died; it may be stuck in a collective
+_ORPHAN_SECONDS = 30.0  # to save after the parent died
 _TAIL_LINES = 15
 _REPORTS, _PARENT = "VLV_WORKER_REPORTS", "VLV_WORKER_PARENT"
 
@@ -195,7 +198,8 @@ def reporting() -> Iterator[None]:
         yield
         return
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent answers to the terminal
-    end_with(int(os.environ[_PARENT]), "vlv-parent")
+    with contextlib.suppress(psutil.NoSuchProcess):  # it went before this process was up: the pipes break
+        end_with(psutil.Process(int(os.environ[_PARENT])), _ORPHAN_SECONDS)
     try:
         yield
     except SystemExit:
