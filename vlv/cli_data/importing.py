@@ -78,9 +78,11 @@ def import_images(
     from vlv.data.importing.recipe import Recipe
     from vlv.data.importing.splits import Shares
     from vlv.data.readers.formats import ReadOptions
+    from vlv.stages import words
 
     paths = Paths.find()
-    data = config.load(paths).data
+    settings = config.load(paths)
+    data = settings.data
     place = assets.resolve(source, paths) if source.startswith("hf:") else Path(source).expanduser()
     chosen = tell_format(place, format_)
     wanted = Wanted(
@@ -93,6 +95,8 @@ def import_images(
     )
     report = import_images(place, paths.data, wanted, workers=workers, restart=restart)
     _tell(report)
+    if told := words.misfit(settings, paths):
+        typer.secho(told, fg="yellow", err=True)
     if (paths.root / ".dvc").is_dir():
         pinning.pin(paths, report.manifest.source)
         typer.echo(f"Pinned in {pinning.POINTER} (commit it)")
