@@ -1,7 +1,9 @@
 # make full-train   from nothing to a promoted captioner: environment, data, training, evaluation, registry
+# make check        the environment, then in two minutes: lint, types, and the tests that need no server and train nothing
 # make test         the environment, then all tests
+# make kills        20 trainings killed at random (SEED=0), each held to the bytes of an uninterrupted one
 # make lint         ruff and mypy
-# make lock         write requirements.lock from the environment as it is
+# make lock         write requirements.lock from the environment as it is (needs uv, for the hashes)
 # make variant      a control beside the headline: the pipeline up to evaluate in a clone of its own (work/variants)
 #                   with some values changed; its figures and curves go to metrics/variants and plots/variants
 #                     make variant NAME=text-encoder SET="decoder.use_text_encoder=true"
@@ -12,28 +14,40 @@
 # PROFILE=smoke          another profile of configs/
 # TORCH_OPTIONS=...      options for pip when it installs torch, such as an index that has CPU builds: pip's own
 #                        choice on Linux may be a CUDA build of several GB, which works as well
+# UV=                    install with pip although uv is there (uv has an index configuration of its own)
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || command -v python3)
 PROFILE ?= tiny
 SET ?=
 TORCH_OPTIONS ?=
+UV ?= $(shell command -v uv)
+SEED ?= 0
 
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DELETE_ON_ERROR:
-.PHONY: full-train test lint lock variant clean env
+.PHONY: full-train check test kills lint lock variant clean env
 
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
+INSTALL = $(if $(UV),$(UV) pip install --python $(BIN)/python --compile-bytecode,$(PIP) install) --quiet
 INSTALLED := .venv/.installed
+# Two processes of one thread each: threads of several processes on the same cores wait for each other. Which process
+# takes which tests: tests/conftest.py.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadgroup --no-loadscope-reorder
 
 full-train: env
 	@grep -qx 'profile: $(PROFILE)' params.yaml 2>/dev/null || $(BIN)/vlv config use $(PROFILE)
 	@$(BIN)/python -m flows.full_train
 
-# Two files at a time, one thread each: threads of several processes on the same cores wait for each other.
+check: lint
+	$(PYTEST) -m "not server and not training and not slow" --cov --cov-report=
+
 test: env
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile
+	$(PYTEST)
+
+kills: env
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.kills --seed $(SEED)
 
 lint: env
 	$(BIN)/ruff check
@@ -42,22 +56,19 @@ lint: env
 
 env: $(INSTALLED)
 
-# torch first and alone, so that TORCH_OPTIONS touches nothing else. The lock is complete: no resolving.
+# The lock is complete: no resolving. Then torch, which alone may need more: a CUDA build brings its own libraries.
 $(INSTALLED): requirements.lock pyproject.toml
 	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(None if v in {(3, 11), (3, 12)} else f"Python {v[0]}.{v[1]} will not do: make $(MAKECMDGOALS) PYTHON=python3.11")'
 	@echo "Making the environment .venv from requirements.lock; a few minutes, and about 2 GB of disk."
 	$(PYTHON) -m venv .venv
-	$(PIP) install --quiet --constraint requirements.lock $(TORCH_OPTIONS) "$$(grep '^torch==' requirements.lock)"
-	$(PIP) install --quiet --no-deps --requirement requirements.lock
+	$(INSTALL) --no-deps --require-hashes --requirement requirements.lock
+	$(PIP) install --quiet $(TORCH_OPTIONS) "$$(grep -om1 'torch==[0-9.]*' pyproject.toml)"
 	$(PIP) install --quiet --no-deps --no-build-isolation --editable .
 	$(PIP) check
 	@touch $@
 
-lock:
-	@{ sed -n '/^#/p' requirements.lock; \
-	  $(PIP) freeze --all --exclude pip --exclude-editable | grep -E '^[A-Za-z0-9._-]+==' | sed -E 's/\+[a-z0-9.]+$$//'; \
-	} > requirements.lock.new
-	@mv requirements.lock.new requirements.lock
+lock: env
+	@$(BIN)/python .ci/lock.py
 	@git diff --stat -- requirements.lock
 
 # DVC's cache is shared with the clone, so what does not depend on the changed values is not made again. The control

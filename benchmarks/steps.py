@@ -182,7 +182,7 @@ def _logits(settings: Config, paths: Paths, batch: Stage2Batch) -> Pair:
     s = settings.stage2.model_copy(update={"learn": "mlp+llm"})
     model = Captioner.build(settings.model_copy(update={"stage2": s}), paths)
     wide = type(model.language_model.config).from_dict({**model.language_model.config.to_dict(), "vocab_size": _WORDS})
-    model.language_model = AutoModelForCausalLM.from_config(wide).float()
+    model.language_model = AutoModelForCausalLM.from_config(wide, trust_remote_code=False).float()
     model = model.to(device.for_inference())
     assert batch.context is not None
     context, ids, labels = (one.to(model.prefix.device) for one in (batch.context, batch.ids, batch.labels))

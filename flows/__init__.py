@@ -9,16 +9,10 @@ import os
 import tomllib
 from pathlib import Path
 
+from vlv import files, telemetry
 from vlv.config import ConfigError, Paths
 
 _DEFAULTS = {
-    "DO_NOT_TRACK": "true",  # MLflow honours only "true"
-    "DVC_NO_ANALYTICS": "1",
-    "GX_ANALYTICS_ENABLED": "false",
-    "HF_HUB_DISABLE_TELEMETRY": "1",
-    "MLFLOW_DISABLE_TELEMETRY": "true",
-    "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
-    "PREFECT_CLOUD_ENABLE_ORCHESTRATION_TELEMETRY": "false",
     # The temporary server needs about 20 s on two busy cores, Prefect waits 20 s by default.
     "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "120",
     "PREFECT_SERVER_ALLOW_EPHEMERAL_MODE": "true",
@@ -28,15 +22,15 @@ _DEFAULTS = {
 def _profile_names_a_server() -> bool:
     """Whether the user's active Prefect profile (`prefect config set`) points to a server of theirs."""
     try:
-        text = (Path.home() / ".prefect" / "profiles.toml").read_text(encoding="utf-8")
-        profiles = tomllib.loads(text)
+        profiles = tomllib.loads(files.read_text(Path.home() / ".prefect" / "profiles.toml"))
         active = profiles.get("profiles", {}).get(profiles.get("active", ""), {})
-    except (OSError, tomllib.TOMLDecodeError):
+    except (files.FileError, tomllib.TOMLDecodeError):
         return False
     return bool(active.get("PREFECT_API_URL"))
 
 
 def _set_defaults() -> None:
+    telemetry.off()
     for name, value in _DEFAULTS.items():
         os.environ.setdefault(name, value)
     chosen = {"PREFECT_API_URL", "PREFECT_HOME", "PREFECT_PROFILE"} & set(os.environ)

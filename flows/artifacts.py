@@ -10,6 +10,7 @@ from prefect.artifacts import create_markdown_artifact
 
 from flows import report
 from flows.project import Outcome
+from vlv import files
 from vlv.config import Paths
 
 _WIDTH = 900  # pixels; wider pictures are scaled down
@@ -28,9 +29,7 @@ def publish(paths: Paths, outcomes: Mapping[str, Outcome], promotion: str) -> No
         create_markdown_artifact(key="pictures", markdown=text, description="Curves and picture grids")
     summary = paths.work / "validate" / "summary.md"
     if summary.exists():
-        create_markdown_artifact(
-            key="data-gate", markdown=summary.read_text(encoding="utf-8"), description="Verdict on the data"
-        )
+        create_markdown_artifact(key="data-gate", markdown=files.read_text(summary), description="Verdict on the data")
     create_markdown_artifact(
         key="run", markdown=_run(paths, outcomes, promotion), description="Stages and model versions"
     )

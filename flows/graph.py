@@ -4,8 +4,7 @@ from graphlib import CycleError, TopologicalSorter
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-import yaml
-
+from vlv import files
 from vlv.config import ConfigError
 
 
@@ -39,7 +38,7 @@ def _needs(path: Path) -> dict[str, set[str]]:
     """Stage -> the stages whose outputs it reads."""
     if not path.exists():
         raise ConfigError(f"{path} does not exist: this is not the project folder")
-    declared: dict[str, Any] = (yaml.safe_load(path.read_text(encoding="utf-8")) or {}).get("stages") or {}
+    declared: dict[str, Any] = files.read_yaml_mapping(path).get("stages") or {}
     for name, stage in declared.items():
         if "foreach" in stage or "matrix" in stage:
             raise ConfigError(f"{path}: stage {name!r} uses foreach or matrix, which the flow does not read")

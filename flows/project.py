@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Literal
 
 from flows import child
+from vlv import files
 
 # DVC's advice after each stage: true, and noise in a log that is read while it grows.
 _ADVICE = ("To track the changes", "git add ", "To enable auto staging", "dvc config core.autostage", "Use `dvc push`")
@@ -73,8 +74,9 @@ class Project:
         """Stages that DVC finds changed now (those after them are not among them). Reads, writes nothing."""
         ended = self.python("-m", "dvc", "status", "--json", say=lambda line: None)
         try:
-            status = json.loads(next(line for line in ended.tail if line.startswith("{")))
-        except (StopIteration, json.JSONDecodeError) as error:
+            said = next(line for line in ended.tail if line.startswith("{"))
+            status = files.parse_json(said, "the answer of dvc status")
+        except (StopIteration, files.FileError) as error:
             raise CommandFailed("dvc status", ended) from error
         for name, reasons in status.items():
             say(f"{name}: {json.dumps(reasons)}")

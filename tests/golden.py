@@ -71,9 +71,7 @@ def _gradients_2(settings: Any, paths: Any) -> dict[str, float]:
     captions = [caption or "" for caption in batch.captions]
     tokens = text.tokenize(captioner.tokenizer, captions, settings.stage2.max_caption_tokens)
     ids, labels = text.collate(tokens.ids, captioner.tokenizer.pad_token_id or 0)
-    captioner(
-        Stage2Batch(None, ids, labels, batch.images), runtime.part_generator(settings.stage2, 0, 0)
-    ).backward()
+    captioner(Stage2Batch(None, ids, labels, batch.images), runtime.part_generator(settings.stage2, 0, 0)).backward()
     return _norms(captioner, ["prefix.layers.0.weight", "prefix.positions", "language_model.model.norm.weight"])
 
 

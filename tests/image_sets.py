@@ -1,15 +1,20 @@
 """Small sets of images in every form that `vlv data import` reads, all with the same pictures and captions."""
 
+import csv
+import gzip
 import io
 import json
 import tarfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
+
+from vlv.data.readers.names import Format
 
 TABLE = ("key", "url", "caption", "status", "error_message")
 
@@ -105,10 +110,135 @@ def coco(root: Path, count: int) -> Path:
     return path
 
 
-MAKERS: dict[str, Callable[[Path, int], Path]] = {
-    "folder": folder,
-    "img2dataset": img2dataset_tars,
-    "img2dataset-files": img2dataset_files,
-    "parquet": parquet,
-    "coco": coco,
-}
+def coco_folder(root: Path, count: int) -> Path:
+    """COCO as it is unpacked: two captions files with their images, and an annotations file of another kind."""
+    coco(root, count)
+    annotations = root / "annotations"
+    whole = json.loads((annotations / "captions_train2017.json").read_text())
+    (root / "val2017").mkdir()
+    for name, keep in (("train2017", range(count // 2)), ("val2017", range(count // 2, count))):
+        images = [image for image in whole["images"] if image["id"] - 1000 in keep]
+        notes = [note for note in whole["annotations"] if note["image_id"] - 1000 in keep]
+        (annotations / f"captions_{name}.json").write_text(json.dumps({"images": images, "annotations": notes}))
+        for image in images:
+            (root / "train2017" / image["file_name"]).rename(root / name / image["file_name"])
+    (annotations / "instances_val2017.json").write_text('{"images": [], "annotations": [{"bbox": [0, 0, 1, 1]}]}')
+    return root
+
+
+def pictures(folder: Path, numbers: Iterable[int]) -> list[tuple[str, str]]:
+    """Images without a word beside them; their names and the captions that are to be listed."""
+    folder.mkdir(parents=True, exist_ok=True)
+    rows = [(f"photo{i:04d}.jpg", caption(i)) for i in numbers]
+    for i, (name, _) in zip(numbers, rows, strict=True):
+        (folder / name).write_bytes(photo(i))
+    return rows
+
+
+def imagefolder(root: Path, count: int) -> Path:
+    """Hugging Face's: a folder for each split, each with another kind of metadata file."""
+    third = count // 3
+    rows = pictures(root / "train", range(third))
+    with (root / "train" / "metadata.csv").open("w", newline="") as stream:
+        csv.writer(stream).writerows([("file_name", "text", "score"), *((*row, 0.5) for row in rows)])
+    rows = pictures(root / "validation" / "deep", range(third, 2 * third))
+    lines = [json.dumps({"file_name": f"deep/{name}", "text": text}) for name, text in rows]
+    (root / "validation" / "metadata.jsonl").write_text("\n".join(lines))
+    rows = pictures(root / "test", range(2 * third, count))
+    table = pa.table(dict(zip(("file_name", "text"), zip(*rows, strict=True), strict=True)))
+    pq.write_table(table, root / "test" / "metadata.parquet")
+    return root
+
+
+def _conversation(name: str, text: str) -> dict[str, Any]:
+    asked = {"from": "human", "value": "<image>\nDescribe the image."}
+    return {"id": name.partition(".")[0], "image": name, "conversations": [asked, {"from": "gpt", "value": text}]}
+
+
+def llava(root: Path, count: int) -> Path:
+    """The folder of LLaVA's pretraining set: conversations, a list of another kind, images in subfolders."""
+    rows = pictures(root / "00000", range(count))
+    value = [_conversation(f"00000/{name}", text) for name, text in rows]
+    (root / "blip_laion_cc_sbu_558k.json").write_text(json.dumps(value, indent=2))
+    meta = [{"id": name, "image": f"00000/{name}", "blip_caption": text, "url": ""} for name, text in rows]
+    (root / "blip_laion_cc_sbu_558k_meta.json").write_text(json.dumps(meta))
+    return root
+
+
+def llava_file(root: Path, count: int) -> Path:
+    """LLaVA's JSON with its images in a folder beside it."""
+    value = [_conversation(*row) for row in pictures(root / "images", range(count))]
+    (root / "detail_23k.json").write_text(json.dumps(value))
+    return root / "detail_23k.json"
+
+
+def release(root: Path, count: int) -> Path:
+    """What `vlv caption` and the release write: one object of image names and captions."""
+    (root / "captions.json").write_text(json.dumps(dict(pictures(root / "images", range(count)))))
+    return root / "captions.json"
+
+
+def json_list(root: Path, count: int) -> Path:
+    rows = pictures(root / "images", range(count))
+    (root / "stage2.json").write_text(json.dumps([{"image": f"images/{name}", "caption": text} for name, text in rows]))
+    return root / "stage2.json"
+
+
+def json_lines(root: Path, count: int) -> Path:
+    rows = pictures(root, range(count))
+    lines = [json.dumps({"img_path": name, "caption": text, "n": 1}) + "\n" for name, text in rows]
+    (root / "set.jsonl").write_text("".join(lines))
+    return root / "set.jsonl"
+
+
+def separated(root: Path, count: int) -> Path:
+    """As a spreadsheet writes it in some countries: a byte-order mark, semicolons, quoted line ends; absolute paths."""
+    rows = pictures(root, range(count))
+    with (root / "set.csv").open("w", newline="", encoding="utf-8-sig") as stream:
+        lines = [(str(root.resolve() / name), text.replace(" of ", "\r\nof ")) for name, text in rows]
+        csv.writer(stream, delimiter=";").writerows([("Filepath", "Caption"), *lines])
+    return root / "set.csv"
+
+
+def img2dataset_gz(root: Path, count: int) -> Path:
+    """Tars that somebody compressed."""
+    img2dataset_tars(root, count)
+    for tar in sorted(root.glob("*.tar")):
+        tar.with_name(f"{tar.name}.gz").write_bytes(gzip.compress(tar.read_bytes(), 1))
+        tar.unlink()
+    return root
+
+
+def saved_to_disk(root: Path, count: int) -> Path:
+    """The layout of `datasets`' DatasetDict.save_to_disk, with a file that a `map` left behind."""
+    for split, numbers in (("train", range(count // 2)), ("test", range(count // 2, count))):
+        (root / split).mkdir(parents=True)
+        rows = [{"image": {"bytes": photo(i), "path": f"{i}.jpg"}, "caption": caption(i), "id": i} for i in numbers]
+        table = pa.Table.from_pylist(rows)
+        for name in ("data-00000-of-00001.arrow", "cache-0123456789abcdef.arrow"):
+            with pa.ipc.new_stream(str(root / split / name), table.schema) as writer:
+                writer.write_table(table, max_chunksize=5)
+        state = {"_data_files": [{"filename": "data-00000-of-00001.arrow"}], "_fingerprint": "0", "_split": split}
+        (root / split / "state.json").write_text(json.dumps(state))
+        (root / split / "dataset_info.json").write_text("{}")
+    (root / "dataset_dict.json").write_text('{"splits": ["train", "test"]}')
+    return root
+
+
+def parquet_of_paths(root: Path, count: int) -> Path:
+    rows = pictures(root / "images", range(count))
+    columns = {"image_path": [f"images/{name}" for name, _ in rows], "caption": [text for _, text in rows]}
+    pq.write_table(pa.table(columns), root / "set.parquet")
+    return root / "set.parquet"
+
+
+# Name -> what makes it, and the format that it is.
+MAKERS: dict[str, tuple[Callable[[Path, int], Path], Format]] = {
+    "folder": (folder, "folder"), "img2dataset": (img2dataset_tars, "img2dataset"),
+    "img2dataset-files": (img2dataset_files, "img2dataset"), "img2dataset-gz": (img2dataset_gz, "img2dataset"),
+    "parquet": (parquet, "parquet"), "parquet-of-paths": (parquet_of_paths, "parquet"),
+    "arrow": (saved_to_disk, "arrow"),
+    "coco": (coco, "coco"), "coco-folder": (coco_folder, "coco"), "imagefolder": (imagefolder, "imagefolder"),
+    "llava": (llava, "llava"), "llava-file": (llava_file, "llava"), "release": (release, "table"),
+    "json-list": (json_list, "table"), "json-lines": (json_lines, "table"), "separated": (separated, "table"),
+}  # fmt: skip

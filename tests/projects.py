@@ -3,6 +3,7 @@
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -10,7 +11,7 @@ from pathlib import Path
 
 import yaml
 
-from vlv import files
+from vlv import files, telemetry
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 
@@ -71,13 +72,13 @@ def environment(**more: str) -> dict[str, str]:
     """This environment with its programs first in PATH, without what a surrounding run may have set."""
     clean = {key: value for key, value in os.environ.items() if not key.startswith(("PREFECT", "VLV_", "MLFLOW"))}
     path = os.pathsep.join([str(Path(sys.executable).parent), clean.get("PATH", "")])
-    return {**clean, "PATH": path, "DVC_NO_ANALYTICS": "1", "DO_NOT_TRACK": "true", **more}
+    return {**clean, **telemetry.SWITCHES, "PATH": path, **more}
 
 
 def bare(folder: Path) -> Path:
     """A git and DVC project with the repository's own settings for both, and its flows and deployments."""
     folder.mkdir(parents=True, exist_ok=True)
-    for name in (".dvcignore", ".gitignore", "prefect.yaml"):
+    for name in (".dvcignore", ".gitignore", "prefect.toml", "prefect.yaml"):
         shutil.copy(REPOSITORY / name, folder / name)
     shutil.copytree(REPOSITORY / "configs", folder / "configs")
     shutil.copytree(REPOSITORY / "flows", folder / "flows", ignore=shutil.ignore_patterns("__pycache__"))
@@ -105,6 +106,16 @@ def toy(folder: Path, sprites: Path) -> Path:
     return folder
 
 
+def prepare(folder: Path) -> Path:
+    """Make a project's data and pin it, and make the tables of its tracking store; commit."""
+    tables = "from vlv import tracking; from vlv.config import Paths; tracking.prepare(Paths.find())"
+    for command in (("-m", "vlv", "data", "download"), ("-c", tables)):
+        done = run(python(*command), folder)
+        assert done.returncode == 0, done.stderr
+    commit(folder, "data")
+    return folder
+
+
 def commit(folder: Path, message: str) -> None:
     subprocess.run(["git", "add", "--all"], cwd=folder, check=True)
     subprocess.run(["git", "commit", "--quiet", "--allow-empty", "-m", message], cwd=folder, check=True)
@@ -125,8 +136,8 @@ def smoke(folder: Path, sprites: Path) -> Path:
     return folder
 
 
-def kill_after(project: Path, stage: str, lines: int) -> bool:
-    """Start the stage and kill -9 it once its curve has so many lines; False if it was too fast."""
+def kill_after(project: Path, stage: str, lines: int, seconds: float = 0.0) -> bool:
+    """Start the stage and kill -9 it once its curve has so many lines, `seconds` later; False if it was too fast."""
     process = subprocess.Popen(
         python("-m", "vlv", "run", stage), cwd=project, env=environment(),
         stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
@@ -134,8 +145,8 @@ def kill_after(project: Path, stage: str, lines: int) -> bool:
     while process.poll() is None:
         curves = list((project / "work" / stage).glob("training-*/curve.jsonl"))
         if curves and len(files.read_json_lines(curves[0])) >= lines:
+            time.sleep(seconds)
             process.kill()
-            process.wait()
-            return True
+            return process.wait() == -signal.SIGKILL
         time.sleep(0.005)
     return False

@@ -49,10 +49,10 @@ def get(url: str, body: object = None) -> object | None:
 @contextmanager
 def prefect(home: Path) -> Iterator[dict[str, str]]:
     """Yields the environment that leads to the server."""
-    port = _free_port()
+    port = free_port()
     where = {"PREFECT_HOME": str(home), "PREFECT_API_URL": f"http://127.0.0.1:{port}/api"}
     command = projects.python("-m", "prefect", "server", "start", "--host", "127.0.0.1", "--port", str(port))
-    with _process(command, home, **where, PREFECT_SERVER_ANALYTICS_ENABLED="false"):
+    with _process(command, home, **where):
         wait(lambda: get(f"{where['PREFECT_API_URL']}/health") is True, "the Prefect server")
         yield where
 
@@ -60,17 +60,18 @@ def prefect(home: Path) -> Iterator[dict[str, str]]:
 @contextmanager
 def mlflow(home: Path) -> Iterator[str]:
     """Yields the server's address."""
-    port = _free_port()
+    port = free_port()
     store = ["--backend-store-uri", f"sqlite:///{home}/mlflow.db", "--artifacts-destination", str(home / "artifacts")]
     command = projects.python("-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1")
     url = f"http://127.0.0.1:{port}"
-    with _process([*command, *store], home, MLFLOW_DISABLE_TELEMETRY="true"):
+    # Without its job runners: seven processes that nothing here has work for.
+    with _process([*command, *store], home, MLFLOW_SERVER_ENABLE_JOB_EXECUTION="false"):
         experiments = {"max_results": 1}
         wait(lambda: get(f"{url}/api/2.0/mlflow/experiments/search", experiments) is not None, "the MLflow server")
         yield url
 
 
-def _free_port() -> int:
+def free_port() -> int:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port: int = free.getsockname()[1]

@@ -38,13 +38,13 @@ def test_the_accelerator_refuses_what_a_gpu_refuses(tmp_path: Path) -> None:
     assert done.stdout.count("same device") == 2
 
 
-def test_begun_on_a_cpu_it_goes_on_to_the_end_on_the_accelerator(tmp_path: Path, sprites: Path) -> None:
-    cpu, other = projects.smoke(tmp_path / "cpu", sprites), tmp_path / "other"
+@pytest.mark.training
+def test_begun_on_a_cpu_it_goes_on_to_the_end_on_the_accelerator(tmp_path: Path, smoke: Path) -> None:
+    cpu, other = smoke, tmp_path / "other"
     settings = yaml.safe_load((cpu / "params.yaml").read_text(encoding="utf-8"))
     for section, changes in CHANGES.items():
         settings[section] |= changes
     (cpu / "params.yaml").write_text(yaml.safe_dump(settings), encoding="utf-8")
-    _succeeds(projects.python("-m", "vlv", "data", "download"), cpu)
     shutil.copytree(cpu, other, symlinks=True)
     assert projects.kill_after(other, "stage1", lines=2)  # four steps: after the checkpoint of the second
     stages = "import pathlib, vlv.config, vlv.stages as s; paths = vlv.config.Paths(pathlib.Path.cwd())"

@@ -2,16 +2,18 @@
 
 from pathlib import Path
 
+import pytest
+
 from tests import projects
 from vlv import files
 
 
-def test_every_pair_is_measured_in_turns(tmp_path: Path, sprites: Path) -> None:
-    project = projects.smoke(tmp_path / "project", sprites)
+@pytest.mark.training
+def test_every_pair_is_measured_in_turns(tmp_path: Path, ready_smoke: Path) -> None:
     file = tmp_path / "steps.json"
-    for command in (["vlv", "data", "download"], ["benchmarks.steps", "--rounds", "2", "--output", str(file)]):
-        done = projects.run(projects.python("-m", *command), projects.REPOSITORY, VLV_ROOT=str(project), timeout=600)
-        assert done.returncode == 0, done.stderr
+    command = ["-m", "benchmarks.steps", "--rounds", "2", "--output", str(file)]
+    done = projects.run(projects.python(*command), projects.REPOSITORY, VLV_ROOT=str(ready_smoke), timeout=600)
+    assert done.returncode == 0, done.stderr
     measured = files.read_json(file)
     assert measured["profile"] == "smoke"
     assert {pair["ours"].split(",")[0] for pair in measured["pairs"]} == {"Stage 1", "Stage 2"}

@@ -288,3 +288,10 @@ def test_refusals_in_words_are_none_of_our_captions(text: str) -> None:
 ])  # fmt: skip
 def test_captions_are_not_taken_for_refusals(text: str) -> None:
     assert parse(json.dumps(model_server.completion(text)).encode()).kind == "caption"
+
+
+def test_half_a_character_in_an_answer_is_replaced() -> None:
+    body = b'{"choices": [{"message": {"content": "A dog \\ud83d runs."}, "finish_reason": "stop"}]}'
+    found = parse(body)
+    assert found.kind == "caption" and found.text == "A dog \N{REPLACEMENT CHARACTER} runs."
+    assert found.text.encode("utf-8")

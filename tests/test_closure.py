@@ -69,20 +69,19 @@ def _add(path: Path, text: str) -> None:
 
 
 def test_words_plots_logs_and_other_kinds_make_nothing_stale(package: Path) -> None:
-    edits: list[Callable[[], Any]] = [
-        lambda: _replace(package / "models/encoder.py", "learnable queries and a projection.", "queries."),
-        lambda: _replace(package / "training/energy.py", "Joules since it was made", "Joules"),
-        lambda: _replace(package / "evaluation/report.py", "#3867d6", "#ff0000"),
-        lambda: _replace(package / "training/loop.py", "the loss is {total} at step", "at step"),
-        lambda: _replace(package / "training/checkpoint.py", "going back to the one before it", "passed over"),
-        lambda: _add(package / "models/decoders/sd3.py", "\n\nNEW = 1\n"),
-        lambda: (package / "models/decoders/new.py").write_text("class NewDecoder: ...\n"),
-        lambda: _replace(package / "config/models.py", '"sdxl", "sd3"', '"sdxl", "sd3", "new"'),
-        lambda: (package / "evaluation/new_metric.py").write_text("def metric() -> float:\n    return 1.0\n"),
-        lambda: _add(package / "evaluation/scenes.py", "\n\ndef new_metric() -> float:\n    return 1.0\n"),
-        lambda: _add(package / "models/encoder.py", "\n# a comment\n"),
-    ]  # fmt: skip
-    assert [_changed(package, edit) for edit in edits] == [set()] * len(edits)
+    before = _codes(package)
+    _replace(package / "models/encoder.py", "learnable queries and a projection.", "queries.")
+    _replace(package / "training/energy.py", "Joules since it was made", "Joules")
+    _replace(package / "evaluation/report.py", "#3867d6", "#ff0000")
+    _replace(package / "training/loop.py", "the loss is {total} at step", "at step")
+    _replace(package / "training/checkpoint.py", "going back to the one before it", "passed over")
+    _add(package / "models/decoders/sd3.py", "\n\nNEW = 1\n")
+    (package / "models/decoders/new.py").write_text("class NewDecoder: ...\n")
+    _replace(package / "config/models.py", '"sdxl", "sd3"', '"sdxl", "sd3", "new"')
+    (package / "evaluation/new_metric.py").write_text("def metric() -> float:\n return 1.0\n")
+    _add(package / "evaluation/scenes.py", "\n\ndef new_metric() -> float:\n return 1.0\n")
+    _add(package / "models/encoder.py", "\n# a comment\n")
+    assert _codes(package) == before
 
 
 def test_only_the_configured_kind_of_decoder_counts(package: Path) -> None:
@@ -137,17 +136,12 @@ def test_the_graph_depends_on_the_inputs_and_settings_of_the_library() -> None:
     assert sorted(graph["inputs"]["outs"]) == sorted(f"work/inputs/{stage}.json" for stage in lineage.SETTINGS)
     for stage, settings in lineage.SETTINGS.items():
         assert f"work/inputs/{stage}.json" in graph[stage]["deps"]
-        assert graph[stage]["params"] == settings
+        # A default that no params.yaml has to name is no parameter of DVC: the inputs hold it.
+        assert set(settings) - set(graph[stage]["params"]) <= {"data.resize"}
+        assert set(graph[stage]["params"]) <= set(settings)
 
 
-@pytest.fixture(scope="module")
-def smoke(tmp_path_factory: pytest.TempPathFactory, sprites: Path) -> Path:
-    project = projects.smoke(tmp_path_factory.mktemp("called") / "project", sprites)
-    made = projects.run(projects.python("-m", "vlv", "data", "download"), project)
-    assert made.returncode == 0, made.stderr
-    return project
-
-
+@pytest.mark.training
 def test_every_function_that_a_stage_calls_is_in_its_inputs(smoke: Path) -> None:
     script = projects.python(str(ROOT / "tests" / "called.py"), "called.json")
     done = projects.run(script, smoke, PYTHONPATH=str(smoke))

@@ -282,6 +282,8 @@ def test_a_released_stage_2_writes_the_same(
     again = Captioner.load(tmp_path / "model", paths)
     context = captioner.context(_pictures())
     assert torch.equal(context, again.context(_pictures()))
+    # The release's way of writing is held in tests/test_generation.py; a few words are enough here.
+    captioner.generation = again.generation = again.generation.model_copy(update={"max_tokens": 12})
     assert captioner.write(context) == again.write(context)
     assert torch.equal(captioner.prefix(context), again.prefix(context))
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from tests.conftest import small_scenes
-from vlv import config, images, scenes
+from vlv import config, images, pinning, scenes
 from vlv.data import pointer, shards, sources, writer
 from vlv.data.loader import ShardLoader
 from vlv.data.shards import DataError
@@ -128,7 +128,7 @@ def test_verify_agrees_with_dvc(scene_data: Path, monkeypatch: pytest.MonkeyPatc
     for arguments in (["init", "--no-scm", "--quiet"], ["add", "--quiet", "data"]):
         subprocess.run([sys.executable, "-m", "dvc", *arguments], cwd=project, check=True, capture_output=True)
     data_dvc = project / "data.dvc"
-    assert pointer.folder_md5(hashes(scene_data)) == pointer.pinned_md5(data_dvc)
+    assert pointer.folder_md5(hashes(scene_data)) == pinning.pinned_md5(data_dvc)
     before = data_dvc.read_bytes()
     shards.verify(scene_data, data_dvc)
 

@@ -2,6 +2,7 @@
 
 import base64
 import json
+import shutil
 import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,14 +16,7 @@ from tests import projects, servers
 
 PREFECT = projects.python("-m", "prefect")
 
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
-    """A Prefect server with the pool; yields the environment that leads there."""
-    with servers.prefect(tmp_path_factory.mktemp("prefect")) as where:
-        pool = projects.run([*PREFECT, "work-pool", "create", "vlv", "--type", "process"], Path.cwd(), **where)
-        assert pool.returncode == 0, pool.stderr
-        yield where
+pytestmark = pytest.mark.server
 
 
 @contextmanager
@@ -45,22 +39,21 @@ def _worker(project: Path, env: dict[str, str]) -> Iterator[Path]:
 
 @pytest.mark.timeout(1200)  # the whole pipeline, each stage in a process of its own
 def test_a_deployment_trains_registers_promotes_and_serves(
-    tmp_path: Path, sprites: Path, server: dict[str, str]
+    tmp_path: Path, sprites: Path, prefect_server: dict[str, str], mlflow_server: str
 ) -> None:
     project = projects.smoke(tmp_path / "smoke", sprites)
-    with servers.mlflow(tmp_path / "mlflow") as url:
-        with _worker(project, {**server, "MLFLOW_TRACKING_URI": url}) as log:
-            run = projects.run([*PREFECT, "deployment", "run", "vlv/full-train", "--watch"], project, **server)
-            assert run.returncode == 0, run.stdout + log.read_text()
-        client = MlflowClient(url)
-        commit = subprocess.check_output(["git", "rev-parse", "HEAD"], cwd=project, text=True).strip()
-        for name in ("vlv-captioner-smoke", "vlv-autoencoder-smoke"):
-            version = client.get_model_version_by_alias(name, "champion")
-            assert int(version.version) == 1
-            assert (version.tags["git_commit"], version.tags["git_dirty"]) == (commit, "false")
-        _check_runs(client, str(version.run_id))
-        assert _predict(project, url, tmp_path) == _captions_of_evaluation(project)[:1]
-    summary = servers.get(f"{server['PREFECT_API_URL']}/artifacts/run/latest")
+    with _worker(project, {**prefect_server, "MLFLOW_TRACKING_URI": mlflow_server}) as log:
+        run = projects.run([*PREFECT, "deployment", "run", "vlv/full-train", "--watch"], project, **prefect_server)
+        assert run.returncode == 0, run.stdout + log.read_text()
+    client = MlflowClient(mlflow_server)
+    commit = subprocess.check_output(["git", "rev-parse", "HEAD"], cwd=project, text=True).strip()
+    for name in ("vlv-captioner-smoke", "vlv-autoencoder-smoke"):
+        version = client.get_model_version_by_alias(name, "champion")
+        assert int(version.version) == 1
+        assert (version.tags["git_commit"], version.tags["git_dirty"]) == (commit, "false")
+    _check_runs(client, str(version.run_id))
+    assert _predict(project, mlflow_server, tmp_path) == _captions_of_evaluation(project)[:1]
+    summary = servers.get(f"{prefect_server['PREFECT_API_URL']}/artifacts/run/latest")
     assert isinstance(summary, dict) and "vlv-captioner-smoke" in str(summary["data"])
 
 
@@ -96,18 +89,19 @@ def _captions_of_evaluation(project: Path) -> list[str]:
     return [row["written"] for row in captions]
 
 
-def test_a_cancel_ends_the_children(tmp_path: Path, sprites: Path, server: dict[str, str]) -> None:
-    toy = projects.toy(tmp_path / "toy", sprites)
-    api = server["PREFECT_API_URL"]
-    with _worker(toy, {**server, "TOY": "sleep"}) as log:
-        started = projects.run([*PREFECT, "deployment", "run", "vlv/full-train"], toy, **server)
+def test_a_cancel_ends_the_children(tmp_path: Path, ready_toy: Path, prefect_server: dict[str, str]) -> None:
+    toy = Path(shutil.copytree(ready_toy, tmp_path / "toy", symlinks=True))
+    api = prefect_server["PREFECT_API_URL"]
+    with _worker(toy, {**prefect_server, "TOY": "sleep"}) as log:
+        started = projects.run([*PREFECT, "deployment", "run", "vlv/full-train"], toy, **prefect_server)
         assert started.returncode == 0, started.stdout
         ids = servers.stage_processes(toy)
-        wanted = {"flow_runs": {"state": {"type": {"any_": ["RUNNING"]}}}}
+        # Of a deployment: the server has flows of other tests as well, some of them killed.
+        wanted = {"flow_runs": {"state": {"type": {"any_": ["RUNNING"]}}, "deployment_id": {"is_null_": False}}}
         running = servers.get(f"{api}/flow_runs/filter", wanted)
         assert isinstance(running, list) and len(running) == 1, log.read_text()
         run = running[0]["id"]
-        cancelled = projects.run([*PREFECT, "flow-run", "cancel", run], toy, **server)
+        cancelled = projects.run([*PREFECT, "flow-run", "cancel", run], toy, **prefect_server)
         assert cancelled.returncode == 0, cancelled.stderr
         servers.wait(lambda: servers.gone(ids), "the end of the children")
 
@@ -118,20 +112,22 @@ def test_a_cancel_ends_the_children(tmp_path: Path, sprites: Path, server: dict[
         servers.wait(lambda: state() == "CANCELLED", "the state Cancelled")
 
 
-def test_the_kubernetes_deployment_registers_with_its_job_template(tmp_path: Path, server: dict[str, str]) -> None:
+def test_the_kubernetes_deployment_registers_with_its_job_template(
+    tmp_path: Path, prefect_server: dict[str, str]
+) -> None:
     project = projects.bare(tmp_path / "project")
     template = ["--base-job-template", "configs/kubernetes/job-template.json"]
     made = projects.run(
-        [*PREFECT, "work-pool", "create", "vlv-gpus", "--type", "kubernetes", *template], project, **server
+        [*PREFECT, "work-pool", "create", "vlv-gpus", "--type", "kubernetes", *template], project, **prefect_server
     )
     assert made.returncode == 0, made.stdout + made.stderr
     file = ["--prefect-file", "configs/kubernetes/prefect.yaml"]
-    deployed = projects.run([*PREFECT, "--no-prompt", "deploy", "--all", *file], project, **server)
+    deployed = projects.run([*PREFECT, "--no-prompt", "deploy", "--all", *file], project, **prefect_server)
     assert deployed.returncode == 0, deployed.stdout + deployed.stderr
-    deployment = servers.get(f"{server['PREFECT_API_URL']}/deployments/name/vlv/full-train-gpus")
+    deployment = servers.get(f"{prefect_server['PREFECT_API_URL']}/deployments/name/vlv/full-train-gpus")
     assert isinstance(deployment, dict)
     assert (deployment["work_pool_name"], deployment["job_variables"]["gpus"]) == ("vlv-gpus", 8)
-    pool = servers.get(f"{server['PREFECT_API_URL']}/work_pools/vlv-gpus")
+    pool = servers.get(f"{prefect_server['PREFECT_API_URL']}/work_pools/vlv-gpus")
     assert isinstance(pool, dict)
     container = pool["base_job_template"]["job_configuration"]["job_manifest"]["spec"]["template"]["spec"][
         "containers"

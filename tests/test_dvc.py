@@ -2,7 +2,6 @@
 
 import json
 import re
-import shutil
 import subprocess
 from pathlib import Path
 
@@ -10,6 +9,7 @@ import pytest
 
 from tests import projects
 
+pytestmark = pytest.mark.training
 STAGES = ["inputs", "validate", "stage1", "stage2", "evaluate", "register"]
 
 
@@ -23,54 +23,50 @@ def _ran(output: str) -> list[str]:
     return re.findall(r"^Running stage '(\w+)'", output, flags=re.MULTILINE)
 
 
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory, sprites: Path) -> Path:
-    """A project in which `dvc repro` has run everything, committed."""
-    project = projects.smoke(tmp_path_factory.mktemp("smoke") / "project", sprites)
-    made = projects.run(projects.python("-m", "vlv", "data", "download"), project)
-    assert made.returncode == 0, made.stderr
-    assert _ran(_dvc(project, "repro").stdout) == STAGES
-    projects.commit(project, "results")
-    return project
-
-
-@pytest.fixture
-def project(finished: Path, tmp_path: Path) -> Path:
-    """A copy to change; git sees it as clean."""
-    copy = tmp_path / "project"
-    shutil.copytree(finished, copy, symlinks=True)
-    return copy
-
-
-def test_after_a_run_everything_is_current_and_nothing_is_left_uncommitted(project: Path) -> None:
-    assert json.loads(_dvc(project, "status", "--json").stdout) == {}
-    assert "up to date" in _dvc(project, "repro").stdout
-    dirty = subprocess.run(["git", "status", "--porcelain"], cwd=project, capture_output=True, text=True)
+def test_after_a_run_everything_is_current_and_nothing_is_left_uncommitted(trained_smoke: Path, trained: Path) -> None:
+    assert _ran(trained_smoke.with_name("trained.log").read_text(encoding="utf-8")) == STAGES
+    assert json.loads(_dvc(trained, "status", "--json").stdout) == {}
+    assert "up to date" in _dvc(trained, "repro").stdout
+    dirty = subprocess.run(["git", "status", "--porcelain"], cwd=trained, capture_output=True, text=True)
     assert dirty.stdout == ""
 
 
-def test_a_stage2_parameter_runs_stage2_and_what_follows(project: Path) -> None:
-    params = project / "params.yaml"
+def test_a_stage2_parameter_runs_stage2_and_what_follows(trained: Path) -> None:
+    params = trained / "params.yaml"
     before, after = "  seed: 2\n", "  seed: 3\n"
     assert params.read_text().count(before) == 1
     params.write_text(params.read_text().replace(before, after))
-    model = {path: path.read_bytes() for path in (project / "work" / "stage1" / "model").iterdir() if path.is_file()}
-    done = _dvc(project, "repro")
-    assert _ran(done.stdout) == ["stage2", "evaluate", "register"]
+    model = {path: path.read_bytes() for path in (trained / "work" / "stage1" / "model").iterdir() if path.is_file()}
+    done = _dvc(trained, "repro")
+    assert _ran(done.stdout) == ["inputs", "stage2", "evaluate", "register"]
     assert model and all(path.read_bytes() == content for path, content in model.items())
     # what changed, in DVC's own words
-    assert json.loads(_dvc(project, "params", "diff", "--json").stdout) == {
+    assert json.loads(_dvc(trained, "params", "diff", "--json").stdout) == {
         "params.yaml": {"stage2.seed": {"old": 2, "new": 3, "diff": 1}}
     }
-    changed = json.loads(_dvc(project, "metrics", "diff", "--json").stdout)
+    changed = json.loads(_dvc(trained, "metrics", "diff", "--json").stdout)
     assert "metrics/stage2.json" in changed and "metrics/stage1.json" not in changed
-    shown = _dvc(project, "plots", "show", "--out", "shown").stdout
-    page = (project / "shown" / "index.html").read_text(encoding="utf-8")
+    shown = _dvc(trained, "plots", "show", "--out", "shown").stdout
+    page = (trained / "shown" / "index.html").read_text(encoding="utf-8")
     assert "index.html" in shown and "Stage 1: denoising loss" in page and "evaluate_grid" in page
 
 
-def test_a_fresh_clone_makes_the_pinned_data_without_a_remote(finished: Path, tmp_path: Path) -> None:
-    clone = _clone(finished, tmp_path / "clone")
+def test_code_that_decides_a_number_runs_its_stage_on_new_caches_and_a_comment_runs_nothing(trained: Path) -> None:
+    decoder = trained / "vlv" / "models" / "decoders" / "base.py"
+    decoder.write_text(decoder.read_text() + "\n# a comment\n")
+    assert _ran(_dvc(trained, "repro").stdout) == ["inputs"]
+    weights, cached = trained / "work/stage1/model/model.safetensors", trained / ".cache"
+    before, latents = weights.read_bytes(), set(cached.glob("latents-*"))
+    old, new = "posterior.std * scale", "posterior.std * scale * 3.0"
+    assert decoder.read_text().count(old) == 1
+    decoder.write_text(decoder.read_text().replace(old, new))
+    assert _ran(_dvc(trained, "repro", "stage1").stdout) == ["inputs", "stage1"]
+    assert weights.read_bytes() != before
+    assert len(set(cached.glob("latents-*")) - latents) == 1
+
+
+def test_a_fresh_clone_makes_the_pinned_data_without_a_remote(trained_smoke: Path, tmp_path: Path) -> None:
+    clone = _clone(trained_smoke, tmp_path / "clone")
     assert not (clone / "data").exists()
     pin = (clone / "data.dvc").read_bytes()
     for command in ("download", "verify"):
@@ -82,11 +78,11 @@ def test_a_fresh_clone_makes_the_pinned_data_without_a_remote(finished: Path, tm
     assert set(stale) == set(STAGES)  # results are pinned, the models are not there: all of it runs
 
 
-def test_push_fresh_clone_pull(project: Path, tmp_path: Path) -> None:
-    _dvc(project, "remote", "add", "--default", "here", str(tmp_path / "remote"))
-    projects.commit(project, "a remote")
-    _dvc(project, "push")
-    clone = _clone(project, tmp_path / "clone")
+def test_push_fresh_clone_pull(trained: Path, tmp_path: Path) -> None:
+    _dvc(trained, "remote", "add", "--default", "here", str(tmp_path / "remote"))
+    projects.commit(trained, "a remote")
+    _dvc(trained, "push")
+    clone = _clone(trained, tmp_path / "clone")
     _dvc(clone, "pull")
     # Everything is there but the registry: it belongs to the machine, so only registration is to be done.
     assert set(json.loads(_dvc(clone, "status", "--json").stdout)) == {"register"}
@@ -94,14 +90,14 @@ def test_push_fresh_clone_pull(project: Path, tmp_path: Path) -> None:
     assert verified.returncode == 0, verified.stderr
 
 
-def test_poisoned_data_stops_at_the_gate_also_without_the_flow(project: Path) -> None:
+def test_poisoned_data_stops_at_the_gate_also_without_the_flow(trained: Path) -> None:
     """`dvc repro` alone takes changed data; the gate compares it with the manifest."""
-    shard = project / "data" / "train" / "00000.tar"
+    shard = trained / "data" / "train" / "00000.tar"
     content = bytearray(shard.read_bytes())
     content[700] ^= 1
     shard.unlink()
     shard.write_bytes(content)
-    done = projects.run(projects.python("-m", "dvc", "repro"), project)
+    done = projects.run(projects.python("-m", "dvc", "repro"), trained)
     assert done.returncode != 0
     assert _ran(done.stdout) == ["validate"]
     assert "00000.tar" in done.stdout + done.stderr

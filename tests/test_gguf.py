@@ -1,5 +1,8 @@
 """GGUF -> Hugging Face form, on a small file written on the spot with GGUF's own writer."""
 
+import json
+import os
+import struct
 from pathlib import Path
 
 import gguf
@@ -79,3 +82,79 @@ def test_a_file_that_is_no_gguf_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConversionError, match=r"model\.gguf cannot be read"):
         convert(tmp_path / "model.gguf", tmp_path / "converted")
     assert not (tmp_path / "converted").exists()
+
+
+def _header(pairs: dict[str, int | str], tensors: int = 0, count: int | None = None) -> bytes:
+    """A GGUF header with text and uint32 values, that claims so many tensors and holds none."""
+
+    def text(value: str) -> bytes:
+        return struct.pack("<Q", len(value)) + value.encode()
+
+    data = b"GGUF" + struct.pack("<IQQ", 3, tensors, len(pairs) if count is None else count)
+    for key, value in pairs.items():
+        packed = struct.pack("<I", 8) + text(value) if isinstance(value, str) else struct.pack("<II", 4, value)
+        data += text(key) + packed
+    return data
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (_header({"general.architecture": "llama"}).ljust(200, b"\0"), "no tensor token_embd.weight"),
+        (_header({"general.architecture": "llama"}, tensors=1 << 60), "ends inside its header"),
+        (_header({"general.architecture": "llama"}, count=1 << 60), "ends inside its header"),
+        (_header({"a": 1}) + b"", "names no general.architecture"),
+    ],
+    ids=["no sizes", "2**60 tensors", "2**60 pairs", "no architecture"],
+)
+def test_a_header_is_checked_before_anything_is_built(tmp_path: Path, content: bytes, reason: str) -> None:
+    (tmp_path / "model.gguf").write_bytes(content)
+    with pytest.raises(ConversionError, match=reason):
+        convert(tmp_path / "model.gguf", tmp_path / "converted")
+
+
+def _small() -> LlamaForCausalLM:
+    return LlamaForCausalLM(
+        LlamaConfig(vocab_size=len(TOKENS), hidden_size=64, intermediate_size=96, num_hidden_layers=2,
+                    num_attention_heads=4, num_key_value_heads=4, max_position_embeddings=64, tie_word_embeddings=True)
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "reason"),
+    [
+        ("llama.block_count", 1 << 30, "block_count is 1073741824, but its tensors have 2"),
+        ("llama.embedding_length", 1 << 20, "embedding_length is 1048576, but its tensors have 64"),
+        ("llama.feed_forward_length", 1 << 24, "feed_forward_length is 16777216, but its tensors have 96"),
+        ("llama.attention.head_count_kv", 1 << 16, "describes a model of"),
+    ],
+)
+def test_sizes_are_those_of_the_tensors(tmp_path: Path, key: str, value: int, reason: str) -> None:
+    """Changed in a whole file, so that nothing but the size is wrong."""
+    _write(_small(), tmp_path / "model.gguf")
+    content = (tmp_path / "model.gguf").read_bytes()
+    at = content.index(key.encode() + struct.pack("<I", 4)) + len(key) + 4
+    (tmp_path / "model.gguf").write_bytes(content[:at] + struct.pack("<I", value) + content[at + 4 :])
+    with pytest.raises(ConversionError, match=reason):
+        convert(tmp_path / "model.gguf", tmp_path / "converted")
+
+
+def test_a_file_that_is_cut_short_is_refused(tmp_path: Path) -> None:
+    _write(_small(), tmp_path / "model.gguf")
+    content = (tmp_path / "model.gguf").read_bytes()
+    for length in (0, 3, 20, 300, len(content) // 2, len(content) - 1):
+        (tmp_path / "model.gguf").write_bytes(content[:length])
+        with pytest.raises(ConversionError, match=r"model\.gguf cannot be read as GGUF"):
+            convert(tmp_path / "model.gguf", tmp_path / "converted")
+
+
+def test_nothing_beside_the_file_is_read(tmp_path: Path) -> None:
+    """A named pipe would be waited for, and code be run or asked about."""
+    _write(_small(), tmp_path / "model.gguf")
+    os.mkfifo(tmp_path / "tokenizer.json")
+    os.mkfifo(tmp_path / "tokenizer_config.json")
+    auto_map = {"AutoConfig": "evil.Config", "AutoModelForCausalLM": "evil.Model"}
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "evil", "auto_map": auto_map}))
+    (tmp_path / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
+    convert(tmp_path / "model.gguf", tmp_path / "converted")
+    assert not (tmp_path / "ran").exists()

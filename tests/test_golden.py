@@ -8,6 +8,7 @@ import pytest
 from tests import golden
 
 
+@pytest.mark.training
 def test_both_stages_compute_the_golden_numbers(tmp_path: Path) -> None:
     expected = json.loads(golden.GOLDEN.read_text(encoding="utf-8"))
     found = golden.compute(tmp_path)

@@ -19,6 +19,7 @@ from vlv.models.decoders.timesteps import draw_timesteps
 from vlv.training import runtime, workers
 
 LAUNCH = ROOT / "configs" / "accelerate"
+pytestmark = pytest.mark.training
 TOLERANCE = 1e-5
 
 

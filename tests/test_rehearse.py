@@ -19,6 +19,7 @@ from vlv.models.captioner import Captioner
 from vlv.planning import rehearsal
 from vlv.planning.memory import PeakMemory
 
+pytestmark = pytest.mark.training  # real steps, some in a process of their own
 MIB = 2**20
 T = TypeVar("T")
 

@@ -40,4 +40,12 @@ def test_splits_share_no_specification_and_held_out_pairs_are_only_in_test() -> 
     assert not train & test
     assert not any(scenes.has_held_out_pair(s) for s in train)
     assert any(scenes.has_held_out_pair(s) for s in test) and not all(scenes.has_held_out_pair(s) for s in test)
-    assert scenes.split_of(scenes.Scene(0, ((0, 0),))) == scenes.split_of(scenes.Scene(0, ((0, 0),)))
+
+
+def test_a_scene_stays_in_its_split() -> None:
+    """In each process and from version to version: else test scenes would be trained on."""
+    split = {kind: scenes.split_of(scenes.Scene(0, ((4, kind),))) for kind in (0, 1, 6)}
+    assert split == {0: "train", 1: "test", 6: "validation"}
+    held_out, other = (scenes.Scene(0, ((0, 0), (4, kind))) for kind in (2, 1))
+    assert scenes.has_held_out_pair(held_out) and scenes.split_of(held_out) == "test"
+    assert not scenes.has_held_out_pair(other)

@@ -21,6 +21,7 @@ from vlv.models.conditioners.base import Context
 from vlv.models.decoders.sd3 import SD3Decoder
 from vlv.models.decoders.sdxl import SDXLDecoder
 from vlv.models.decoders.stable_diffusion import StableDiffusionDecoder
+from vlv.preprocessing import Preprocessing
 
 PROMPTS = ["A dog is at the top left.", "The background is pink. There is a cat at the center."]
 UNIFORM = Timesteps(mode="uniform")
@@ -232,7 +233,7 @@ def test_200_steps_on_four_pictures_lower_the_loss_and_move_nothing_frozen(kind:
     smoke = profile("smoke")
     torch.manual_seed(0)
     section = smoke.encoder.model_copy(update={"weights": "pretrained"})
-    encoder = pretrained.encoder(section, model.conditioner.width, paths, None)
+    encoder = pretrained.encoder(section, Preprocessing(16, "bicubic", 64), model.conditioner.width, paths, None)
     encoder.set_learning("queries_only")
     settings = smoke.stage1.model_copy(update={"timesteps": HIGH_NOISE, "draws_per_image": 1})
     autoencoder = Autoencoder(encoder, model, settings)
@@ -274,7 +275,8 @@ def test_a_folder_in_diffusers_form_is_loaded_and_serves_both_stages(kind: str, 
 
     smoke = profile("smoke")
     encoder = smoke.encoder.model_copy(update={"start_on_text_side": False})
-    settings = smoke.model_copy(update={"decoder": section, "encoder": encoder})
+    data = smoke.data.model_copy(update={"image_size": 32})
+    settings = smoke.model_copy(update={"data": data, "decoder": section, "encoder": encoder})
     pixels = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8)
     autoencoder = Autoencoder.build(settings, paths)
     autoencoder.save(tmp_path / "stage1", settings, paths, "card")

@@ -204,6 +204,7 @@ class Server:
             self.process = None
 
 
+@pytest.mark.server
 @pytest.mark.timeout(1500)
 def test_a_killed_server_costs_no_time_and_no_point(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     server, paths = Server(tmp_path), Paths(tmp_path / "project")

@@ -9,7 +9,8 @@ from torch import nn
 
 from vlv import files
 from vlv.config import Optimizer, Training
-from vlv.training import checkpoint, loop, optim, runtime
+from vlv.stopping import Stopped
+from vlv.training import checkpoint, loop, optim
 
 SETTINGS = Training(
     steps=12, batch_size=8, accumulation=2, precision="fp32", seed=3, checkpoint_every=4, log_every=2,
@@ -65,7 +66,7 @@ def _train(folder: Path, batches=_batches) -> dict[str, torch.Tensor]:  # type: 
 def test_stopped_anywhere_and_resumed_gives_the_same_bits(tmp_path: Path) -> None:
     whole = _train(tmp_path / "whole")
     for stop in (0, 3, 7):
-        with pytest.raises(runtime.Stopped, match="run it again"):
+        with pytest.raises(Stopped, match="run it again"):
             _train(tmp_path / "cut", _stopping(stop))
     resumed = _train(tmp_path / "cut")
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)

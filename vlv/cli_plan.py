@@ -1,5 +1,6 @@
 """`vlv plan` and `vlv rehearse`: what a configuration costs, before it runs."""
 
+from dataclasses import replace
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
@@ -30,43 +31,58 @@ class Sharding(StrEnum):
 
 def plan(
     config_: _ConfigFile = None,
-    gpu: Annotated[str, typer.Option(help="Name in the table of GPUs.")] = "RTX 6000 Ada",
-    count: Annotated[int, typer.Option(min=1, help="GPUs.")] = 8,
+    gpu: Annotated[str | None, typer.Option(help="Name in the table of GPUs; without: compute.gpu.")] = None,
+    count: Annotated[int | None, typer.Option(min=1, help="GPUs; without: compute.gpus.")] = None,
     utilisation: Annotated[float, typer.Option(min=0.01, max=1.0, help="Share of the peak rate.")] = 0.35,
     price: Annotated[float | None, typer.Option(min=0.0, help="Dollars for a GPU and hour.")] = None,
-    sharding: Annotated[Sharding, typer.Option(help="none: DDP; zero2; full: ZeRO-3 or FSDP.")] = Sharding.none,
+    sharding: Annotated[
+        Sharding | None,
+        typer.Option(help="none: DDP; zero2; full: ZeRO-3 or FSDP; without: as compute.launch says for each stage."),
+    ] = None,
     tf32: Annotated[bool, typer.Option(help="Float32 products on the tensor cores.")] = False,
     images: Annotated[int | None, typer.Option(min=1, help="Different images, for the caches' cost.")] = None,
     caption_tokens: Annotated[int | None, typer.Option(min=1, help="Length in Stage 2; without: the limit.")] = None,
+    fit_only: Annotated[
+        bool, typer.Option("--fit", help="Only whether both stages fit; exit code 1 if one does not. Takes a third.")
+    ] = False,
     changes: _Changes = None,
     json: _Json = None,
 ) -> None:
     """Count FLOPs, memory, time and money of both stages at full size, on no GPU and without weights.
 
-    [dim]vlv plan --config configs/paper.yaml --gpu "RTX 6000 Ada" --count 8 --price 0.8[/]
+    The GPUs are those that the configuration is for (its section compute), or those of the options.
+
+    [dim]vlv plan --config configs/paper.yaml --price 0.8[/]
+
+    [dim]vlv plan --config configs/paper.yaml --gpu "A100 80GB" --count 4 --fit[/]
     """
     from vlv.planning import count as counts
-    from vlv.planning import gpus, report
-    from vlv.planning.forecast import Machine, forecast, per_gpu
+    from vlv.planning import gpus, machines, report
+    from vlv.planning.forecast import forecast
 
     paths = Paths.find()
     settings = _settings(paths, config_, changes)
-    chosen = gpus.find(gpu)
-    s1, s2 = settings.stage1, settings.stage2
+    given = {"gpu": gpus.find(gpu) if gpu else None, "count": count, "sharding": sharding and sharding.value}
+    wanted = {key: value for key, value in given.items() if value is not None}
+    wanted |= {"utilisation": utilisation, "price": price, "tf32": tf32}
+    one, two = (replace(machines.machine(settings, paths, name), **wanted) for name in machines.STAGES)
+    console = Console()
+    console = console if console.is_terminal else Console(width=140)
+    if fit_only:
+        found = [machines.fit(settings, paths, "stage1", one), machines.fit(settings, paths, "stage2", two)]
+        report.show_fits(found, console)
+        raise typer.Exit(int(not all(fit.fits for fit in found)))
     stages = [
-        counts.stage1(settings, paths, "gpu", per_gpu(s1, s1.batch_size // s1.draws_per_image, count)),
-        counts.stage2(settings, paths, "gpu", per_gpu(s2, s2.batch_size, count), caption_tokens),
+        (counts.stage1(settings, paths, "gpu", machines.micro_batch(settings, "stage1", one)), one),
+        (counts.stage2(settings, paths, "gpu", machines.micro_batch(settings, "stage2", two), caption_tokens), two),
     ]
     mine, others = [], []
-    for stage in stages:
+    for stage, machine in stages:
         number = images or stage.settings.steps * stage.samples
-        machine = Machine(chosen, count, utilisation, price, sharding.value, tf32)
         mine.append(forecast(stage, machine, number))
         able = [g for g in gpus.GPUS if g.has(stage.settings.precision, tf32=tf32)]
-        row = [Machine(g, count, utilisation, price, sharding.value, tf32) for g in able]
-        others.append([forecast(stage, m, number) for m in row])
-    console = Console()
-    report.show(mine, others, console if console.is_terminal else Console(width=140))
+        others.append([forecast(stage, replace(machine, gpu=g), number) for g in able])
+    report.show(mine, others, console)
     if json is not None:
         files.write_json(json, [report.as_json(f) for f in mine])
 
@@ -107,7 +123,7 @@ def rehearse(
 
 def _settings(paths: Paths, file: Path | None, changes: list[str] | None) -> config.Config:
     """The configuration in `file` (None: params.yaml) with some of its values replaced."""
-    settings = config.parse(file.read_text(encoding="utf-8"), str(file)) if file else config.load(paths)
+    settings = config.parse(files.read_text(file), str(file)) if file else config.load(paths)
     value: dict[str, Any] = settings.model_dump(mode="json", by_alias=True)
     for change in changes or []:
         key, equals, given = change.partition("=")
@@ -117,5 +133,5 @@ def _settings(paths: Paths, file: Path | None, changes: list[str] | None) -> con
             section = section.get(name) if isinstance(section, dict) else None
         if not equals or not isinstance(section, dict):
             raise config.ConfigError(f"--set takes KEY=VALUE with a key of the configuration, not {change!r}")
-        section[last] = yaml.safe_load(given)
+        section[last] = files.parse_yaml(given, f"--set {change}", "Correct it.")
     return config.parse(yaml.safe_dump(value), f"the configuration with {', '.join(changes)}") if changes else settings

@@ -18,6 +18,8 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from vlv import files
+
 PACKAGE = Path(__file__).resolve().parent
 
 # Modules that decide no weight and no figure, so that a change of them makes no result stale.
@@ -25,6 +27,7 @@ NEUTRAL = (
     "vlv.assets",  # fetches files; their contents are hashed by whoever uses them
     "vlv.closure",  # names what a result is made from
     "vlv.stages.lineage",
+    "vlv.stages.adoption",
     "vlv.files",  # moves bytes; a number that passes through it is written and read as it is
     "vlv.tracking",  # MLflow's records
     "vlv.progress",  # the screen
@@ -196,7 +199,7 @@ def _without_methods(node: ast.ClassDef, module: str) -> ast.ClassDef:
 
 def _parse(name: str, path: Path) -> _Module:
     module = _Module(name)
-    _collect(module, ast.parse(path.read_text(encoding="utf-8"), str(path)).body)
+    _collect(module, ast.parse(files.read_text(path), str(path)).body)
     return module
 
 

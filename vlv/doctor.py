@@ -14,7 +14,7 @@ from typing import Literal
 
 import psutil
 
-from vlv import config, pinning
+from vlv import config, files, pinning
 from vlv.config import ConfigError, Paths
 
 _GIB = 1 << 30
@@ -60,7 +60,7 @@ def _packages(paths: Paths) -> Iterator[Finding]:
     if not lock.exists():
         yield Finding("note", "packages", "no requirements.lock here to compare with")
         return
-    pins = re.findall(r"^([A-Za-z0-9._-]+)==([^\s;]+)", lock.read_text(encoding="utf-8"), flags=re.MULTILINE)
+    pins = re.findall(r"^([A-Za-z0-9._-]+)==([^\s;]+)", files.read_text(lock), flags=re.MULTILINE)
     wrong = []
     for name, wanted in pins:
         try:
@@ -117,7 +117,7 @@ def _configuration(paths: Paths) -> Iterator[Finding]:
         return
     yield Finding("ok", "params.yaml", f"profile {chosen.profile}")
     profile = paths.root / "configs" / f"{chosen.profile}.yaml"
-    if profile.exists() and profile.read_text(encoding="utf-8") != paths.params.read_text(encoding="utf-8"):
+    if profile.exists() and profile.read_bytes() != paths.params.read_bytes():
         yield Finding("note", "params.yaml", f"differs from configs/{profile.name}", "intended? dvc params diff")
     parts = (chosen.encoder, chosen.decoder, chosen.language_model)
     for reference in {part.architecture or part.pretrained for part in parts}:
@@ -144,7 +144,7 @@ def _data(paths: Paths) -> Iterator[Finding]:
 def _locks(paths: Paths) -> Iterator[Finding]:
     holders = [*paths.work.glob(".lock.holder"), *paths.work.glob("*/.lock.holder")]
     for holder in holders:
-        who = holder.read_text(encoding="utf-8").strip()
+        who = files.read_text(holder).strip()
         number = re.search(r"\d+", who)
         alive = bool(number and psutil.pid_exists(int(number.group())))
         remedy = "kill -TERM lets it save first" if alive else "left by a kill; harmless"

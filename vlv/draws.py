@@ -36,7 +36,13 @@ def rows(count: int, generator: torch.Generator, draw: Callable[[int], torch.Ten
     """
     if not isinstance(generator, PartGenerator) or generator.parts == 1:
         return draw(count)
-    return draw(count * generator.parts)[generator.part * count : (generator.part + 1) * count]
+    first = first_row(count, generator)
+    return draw(count * generator.parts)[first : first + count]
+
+
+def first_row(count: int, generator: torch.Generator) -> int:
+    """The place in the whole batch of the first of this part's `count` rows."""
+    return generator.part * count if isinstance(generator, PartGenerator) else 0
 
 
 def normal(shape: Sequence[int], generator: torch.Generator) -> torch.Tensor:

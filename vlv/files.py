@@ -1,20 +1,34 @@
-"""Files on disk: atomic writes, hashes, JSON lines and folder locks.
+"""Files on disk: atomic writes, checked reads, JSON lines, hashes and folder locks.
 
 Everything the pipeline writes passes through here, so that a kill or a full disk leaves either the old file
-or the new one, never half of one.
+or the new one, never half of one. Every text, JSON and YAML file is read here too, so that a damaged or hostile one
+ends in one line that names it.
 """
 
+import fcntl
 import hashlib
 import json
+import logging
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import filelock
+import yaml
+
+log = logging.getLogger(__name__)
+
+_REMEDY = "Restore it, or remove it and run the command again."
+# No YAML file here has more than some kilobytes; its parser needs a minute for some tens of megabytes.
+_LARGEST_YAML = 1 << 20
+
+
+class FileError(ValueError):
+    """A file that is missing, damaged or not what it should be; the message names it and the remedy."""
 
 
 class LockHeldError(RuntimeError):
@@ -76,7 +90,17 @@ def write_text(path: Path, text: str) -> None:
 
 def write_json(path: Path, value: Any) -> None:
     """Write indented JSON atomically. NaN is refused (`ValueError`): it is not JSON."""
-    write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+    write_text(path, _as_json(value, indent=2) + "\n")
+
+
+def _as_json(value: Any, indent: int | None = None) -> str:
+    text = json.dumps(value, indent=indent, ensure_ascii=False, allow_nan=False)
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        # Half a character, as Python has it in a file name that is no UTF-8. Escaped, JSON can hold it.
+        return json.dumps(value, indent=indent, allow_nan=False)
+    return text
 
 
 def write_bytes(path: Path, data: bytes) -> None:
@@ -85,30 +109,181 @@ def write_bytes(path: Path, data: bytes) -> None:
         temporary.write_bytes(data)
 
 
-def read_json(path: Path) -> Any:
-    """Read JSON; a damaged file raises `ValueError` naming it."""
+def read_text(path: Path, remedy: str = _REMEDY) -> str:
+    """Read UTF-8 text.
+
+    Raises:
+        FileError: there is no such file, it cannot be read, or it is not text; the message ends with `remedy`.
+    """
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is not valid JSON ({error}). Delete it and run the command again.") from error
+        return path.read_bytes().decode("utf-8")
+    except OSError as error:
+        raise FileError(f"{path} cannot be read ({error.strerror or error}). {remedy}") from error
+    except UnicodeDecodeError as error:
+        raise FileError(f"{path} is not UTF-8 text ({error.reason} at byte {error.start}). {remedy}") from error
+
+
+def read_json(path: Path, remedy: str = _REMEDY) -> Any:
+    """Read a JSON file. Raises `FileError`, as `read_text` and `parse_json` do."""
+    return parse_json(read_text(path, remedy), str(path), remedy)
+
+
+def read_json_object(path: Path, remedy: str = _REMEDY) -> dict[str, Any]:
+    """Read a JSON file that holds an object; everything else is a `FileError`."""
+    return _expect_mapping(read_json(path, remedy), str(path), "JSON object", remedy)
+
+
+def read_yaml(path: Path, remedy: str = _REMEDY) -> Any:
+    """Read a YAML file. Raises `FileError`, as `read_text` and `parse_yaml` do."""
+    return parse_yaml(read_text(path, remedy), str(path), remedy)
+
+
+def read_yaml_mapping(path: Path, remedy: str = _REMEDY) -> dict[str, Any]:
+    """Read a YAML file that holds keys and values; everything else is a `FileError`."""
+    return _expect_mapping(read_yaml(path, remedy), str(path), "YAML mapping", remedy)
+
+
+def parse_json(text: str | bytes, name: str, remedy: str = _REMEDY) -> Any:
+    """JSON from text, or from UTF-8 bytes; `name` is what an error calls it.
+
+    Raises:
+        FileError: not JSON, nested too deeply, or a number of thousands of digits.
+    """
+    try:
+        return json.loads(text)
+    except RecursionError as error:
+        raise FileError(f"{name} is nested too deeply to be read as JSON. {remedy}") from error
+    except ValueError as error:  # JSONDecodeError, UnicodeDecodeError, and Python's limit of digits
+        raise FileError(f"{name} is not valid JSON ({error}). {remedy}") from error
+
+
+def parse_yaml(text: str, name: str, remedy: str = _REMEDY) -> Any:
+    """YAML from text; `name` is what an error calls it.
+
+    Raises:
+        FileError: not YAML, a key that is given twice (YAML's own readers take the last one silently), nested too
+            deeply, or more than 1 MiB.
+    """
+    if len(text) > _LARGEST_YAML:
+        raise FileError(f"{name} has {len(text)} characters; at most {_LARGEST_YAML} are read as YAML. {remedy}")
+    try:
+        loader = _YamlLoader(text)
+        try:
+            return loader.get_single_data()
+        finally:
+            loader.dispose()
+    except RecursionError as error:
+        raise FileError(f"{name} is nested too deeply to be read as YAML. {remedy}") from error
+    # Besides YAMLError: a date or a number that looks like one and is none.
+    except (yaml.YAMLError, ValueError, TypeError, OverflowError) as error:
+        raise FileError(f"{name} is not valid YAML ({' '.join(str(error).split())}). {remedy}") from error
+
+
+class _YamlLoader(yaml.SafeLoader):
+    """The safe loader, except that a key stands once."""
+
+    def compose_mapping_node(self, anchor: str | None) -> yaml.MappingNode:
+        node = super().compose_mapping_node(anchor)
+        seen: set[tuple[str, str]] = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode):
+                if (key.tag, key.value) in seen:
+                    problem = f"the key {key.value!r} is given twice"
+                    raise yaml.composer.ComposerError(None, None, problem, key.start_mark)
+                seen.add((key.tag, key.value))
+        return node
+
+
+def _expect_mapping(value: Any, name: str, what: str, remedy: str) -> dict[str, Any]:
+    if not isinstance(value, dict) or not all(isinstance(key, str) for key in value):
+        raise FileError(f"{name} holds no {what}, but a {type(value).__name__}. {remedy}")
+    return value
+
+
+def set_aside(path: Path, error: Exception | str, instead: str) -> None:
+    """Rename a damaged file to NAME.damaged and say so; `error` is what is wrong, `instead` what happens without it."""
+    target = path.with_name(path.name + ".damaged")
+    if target.is_dir() and not target.is_symlink():
+        shutil.rmtree(target)
+    path.replace(target)
+    log.warning("%s It is kept as %s; %s", str(error).removesuffix(_REMEDY).rstrip(), target.name, instead)
 
 
 def append_json_line(path: Path, value: Any) -> None:
-    """Append one JSON object as a line and flush it to disk."""
+    """Append one JSON object as a line and flush it to disk; half a line that a kill left is removed first.
+
+    The file is locked meanwhile: threads and processes may append to the same one.
+    """
+    line = (_as_json(value) + "\n").encode()
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(value, ensure_ascii=False, allow_nan=False) + "\n")
+    with path.open("a+b") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)  # given back when the file is closed
+        _cut_torn_line(file)
+        file.write(line)
         file.flush()
         os.fsync(file.fileno())
 
 
-def read_json_lines(path: Path) -> list[Any]:
-    """Read a JSON-lines file; a last line cut short by a kill is left out."""
-    if not path.exists():
-        return []
-    text = path.read_text(encoding="utf-8")
-    lines = text.split("\n")[:-1]  # what follows the last newline was never finished
-    return [json.loads(line) for line in lines if line]
+def write_json_lines(path: Path, rows: Iterable[Any]) -> None:
+    """Write objects as lines of JSON, atomically."""
+    write_text(path, "".join(_as_json(row) + "\n" for row in rows))
+
+
+def _cut_torn_line(file: IO[bytes]) -> None:
+    """Cut off what follows the last line end: appended to, it would spoil the next line as well."""
+    end = size = file.seek(0, os.SEEK_END)
+    while end > 0:
+        start = max(0, end - 65536)
+        file.seek(start)
+        found = file.read(end - start).rfind(b"\n")
+        if found >= 0:
+            end = start + found + 1
+            break
+        end = start
+    if end != size:
+        file.truncate(end)
+
+
+def iterate_json_lines(path: Path, start: int = 0) -> Iterator[tuple[dict[str, Any] | FileError, int]]:
+    """The finished lines of a JSON-lines file from byte `start` on, one in memory, each with the byte after it.
+
+    A line that is no JSON object comes as the `FileError` that says so, for the caller to raise or to pass over. A last
+    line without its end was never finished and does not come. No file: no lines.
+    """
+    try:
+        opened = path.open("rb")
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        raise FileError(f"{path} cannot be read ({error.strerror}). {_REMEDY}") from error
+    position = start
+    with opened as file:
+        file.seek(start)
+        for line in file:
+            if not line.endswith(b"\n"):
+                return
+            position += len(line)
+            if not line.strip():
+                continue
+            name = f"{path}, the line that ends at byte {position},"
+            try:
+                yield _expect_mapping(parse_json(line, name, "Remove that line."), name, "JSON object", ""), position
+            except FileError as error:
+                yield error, position
+
+
+def read_json_lines(path: Path, fits: Callable[[dict[str, Any]], bool] = lambda row: True) -> list[dict[str, Any]]:
+    """The objects of a JSON-lines file; damaged lines, and objects that do not fit, are passed over with a warning."""
+    rows: list[dict[str, Any]] = []
+    damaged = 0
+    for row, _ in iterate_json_lines(path):
+        if isinstance(row, FileError) or not fits(row):
+            damaged += 1
+        else:
+            rows.append(row)
+    if damaged:
+        log.warning("%s: %d damaged lines are passed over, %d are whole", path, damaged, len(rows))
+    return rows
 
 
 def sha256_bytes(data: bytes) -> str:
@@ -148,7 +323,10 @@ def folder_lock(folder: Path, purpose: str) -> Iterator[None]:
     try:
         lock.acquire()
     except filelock.Timeout as error:
-        who = holder.read_text(encoding="utf-8").strip() if holder.exists() else "another process"
+        try:
+            who = read_text(holder).strip()
+        except FileError:  # gone in this moment
+            who = "another process"
         raise LockHeldError(
             f"{folder} is in use by {who}. Wait for it to end, or stop it (kill -TERM lets it save first)."
         ) from error

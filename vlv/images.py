@@ -4,16 +4,29 @@ The only place where a pixel range changes. Shapes: arrays are (H, W, 3) uint8, 
 (B, 3, H, W), uint8 in 0..255 or float in [-1, 1].
 """
 
+import base64
 import io
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageOps, UnidentifiedImageError
 
+from vlv.config import Resize
+
 Pixels = NDArray[np.uint8]
+
+# The formats that are opened, and the endings that their files have. Pillow knows forty more, some of which run a
+# program (EPS starts Ghostscript whatever the file is called) and many of which nobody has attacked for years.
+FORMATS = {
+    "JPEG": (".jpg", ".jpeg"), "PNG": (".png",), "WEBP": (".webp",), "BMP": (".bmp",), "GIF": (".gif",),
+    "TIFF": (".tif", ".tiff"), "AVIF": (".avif",),
+}  # fmt: skip
+SUFFIXES = frozenset(suffix for suffixes in FORMATS.values() for suffix in suffixes)
 
 # A picture above this is refused before its pixels are decoded: a decompression bomb would take all memory.
 MAX_PIXELS = 200_000_000
@@ -23,30 +36,67 @@ class ImageError(ValueError):
     """Bytes that are not a readable image."""
 
 
-def decode(data: bytes, name: str = "image") -> Pixels:
-    """Decode any format that Pillow reads to (H, W, 3) uint8 RGB, upright by its EXIF orientation.
+@contextmanager
+def _opened(data: bytes, name: str) -> Iterator[Image.Image]:
+    """A picture of one of the `FORMATS`, its pixels not yet decoded; whatever fails in the block is an `ImageError`.
 
-    Transparent pixels are laid on white. `name` is what an error calls the image.
-
-    Raises:
-        ImageError: unreadable, truncated or larger than `MAX_PIXELS`.
+    Decoders raise what they like on damage: OSError, SyntaxError, struct.error, NotImplementedError, RuntimeError,
+    MemoryError for a size that is a lie.
     """
     try:
-        with Image.open(io.BytesIO(data)) as opened:
-            if opened.width * opened.height > MAX_PIXELS:
-                raise ImageError(f"{name}: {opened.width}x{opened.height} pixels are more than {MAX_PIXELS:,}")
-            image = ImageOps.exif_transpose(opened)
-            if image.has_transparency_data:
-                image = image.convert("RGBA")
-                white = Image.new("RGBA", image.size, "white")
-                image = Image.alpha_composite(white, image)
-            return np.asarray(image.convert("RGB"))
+        with Image.open(io.BytesIO(data), formats=list(FORMATS)) as image:
+            if image.width * image.height > MAX_PIXELS:
+                raise ImageError(f"{name}: {image.width}x{image.height} pixels are more than {MAX_PIXELS:,}")
+            yield image
     except ImageError:
         raise
     except UnidentifiedImageError as error:
-        raise ImageError(f"{name}: not a readable image (of no known format)") from error
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise ImageError(f"{name}: not a readable image ({error})") from error
+        raise ImageError(f"{name}: not a readable image (none of {', '.join(FORMATS)})") from error
+    except Exception as error:
+        raise ImageError(f"{name}: not a readable image ({str(error) or type(error).__name__})") from error
+
+
+def decode(data: bytes, name: str = "image") -> Pixels:
+    """Decode one of the `FORMATS` to (H, W, 3) uint8 RGB, upright by its EXIF orientation.
+
+    The content says which format it is, not the file's name, and no program is started. Transparent pixels are laid
+    on white; of a moving picture the first frame counts. `name` is what an error calls the image.
+
+    Raises:
+        ImageError: of no such format, unreadable, truncated or larger than `MAX_PIXELS`.
+    """
+    with _opened(data, name) as opened:
+        image = ImageOps.exif_transpose(opened)
+        if image.mode.startswith("I;16"):  # Pillow clips 16 bits at 255, which leaves a white picture
+            image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+        if image.has_transparency_data:
+            image = image.convert("RGBA")
+            white = Image.new("RGBA", image.size, "white")
+            image = Image.alpha_composite(white, image)
+        return np.asarray(image.convert("RGB"))
+
+
+def decode_base64(text: str, name: str = "image") -> Pixels:
+    """Decode an image file that came as base64, as `decode` does.
+
+    Raises:
+        ImageError: also where it is no base64.
+    """
+    try:
+        data = base64.b64decode(text)
+    except (ValueError, TypeError) as error:
+        raise ImageError(f"{name}: not base64 ({error})") from error
+    return decode(data, name)
+
+
+def header(data: bytes, name: str = "image") -> tuple[int, int, str]:
+    """Width and height in pixels as stored (before any turning), and Pillow's name of the mode.
+
+    Raises:
+        ImageError: as for `decode`, as far as the first bytes tell.
+    """
+    with _opened(data, name) as image:
+        return image.width, image.height, image.mode
 
 
 def encode_png(pixels: Pixels) -> bytes:
@@ -77,16 +127,37 @@ def shrink(pixels: Pixels, longest: int) -> Pixels:
     return np.asarray(Image.fromarray(pixels).resize(size, Image.Resampling.BICUBIC))
 
 
-def resize_crop(pixels: Pixels, size: int) -> Pixels:
-    """Scale the shorter side to `size` (bicubic, antialiased) and cut the centre square: (size, size, 3)."""
+def resize_crop(pixels: Pixels, size: int, how: Resize = "bicubic") -> Pixels:
+    """Scale the shorter side to `size` (antialiased) and cut the centre square: (size, size, 3)."""
     height, width = pixels.shape[:2]
     if (height, width) == (size, size):
         return pixels
+    if how == "torchvision":
+        return _resize_crop_as_torchvision(pixels, size)
     scale = size / min(height, width)
     target = (max(size, round(width * scale)), max(size, round(height * scale)))
     image = Image.fromarray(pixels).resize(target, Image.Resampling.BICUBIC)
     left, top = (target[0] - size) // 2, (target[1] - size) // 2
     return np.asarray(image.crop((left, top, left + size, top + size)))
+
+
+def _resize_crop_as_torchvision(pixels: Pixels, size: int) -> Pixels:
+    """What torchvision's `Resize(size)` and `CenterCrop(size)` make of a PIL image by default: bilinear, the longer
+    side rounded down, the margin rounded to the nearest."""
+    height, width = pixels.shape[:2]
+    longer = int(size * max(height, width) / min(height, width))
+    target = (size, longer) if width <= height else (longer, size)
+    image = Image.fromarray(pixels).resize(target, Image.Resampling.BILINEAR)
+    left, top = round((target[0] - size) / 2), round((target[1] - size) / 2)
+    return np.asarray(image.crop((left, top, left + size, top + size)))
+
+
+def scale(batch: torch.Tensor, size: int) -> torch.Tensor:
+    """Squares (B, 3, S, S) uint8 -> (B, 3, size, size) uint8, bicubic and antialiased, where they are not that size."""
+    if batch.shape[-1] == size:
+        return batch
+    resized = F.interpolate(batch.float(), (size, size), mode="bicubic", antialias=True)
+    return resized.round().clamp(0, 255).to(torch.uint8)
 
 
 def to_batch(pixels: Sequence[Pixels] | Pixels) -> torch.Tensor:
@@ -98,6 +169,12 @@ def to_batch(pixels: Sequence[Pixels] | Pixels) -> torch.Tensor:
 def to_model(batch: torch.Tensor) -> torch.Tensor:
     """(B, 3, H, W) uint8 in 0..255 -> float32 in [-1, 1]."""
     return batch.float() / 127.5 - 1.0
+
+
+def to_processor(batch: torch.Tensor, mean: torch.Tensor, std: torch.Tensor) -> torch.Tensor:
+    """(B, 3, H, W) uint8 -> float32 as an image processor has it: 0 to 1, less its mean, over its std (both
+    broadcast)."""
+    return ((to_model(batch) + 1) / 2 - mean) / std
 
 
 def to_pixels(batch: torch.Tensor) -> torch.Tensor:

@@ -7,6 +7,7 @@ DVC runs as a program (`dvc add`); nothing of it is imported.
 
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import yaml
@@ -15,10 +16,24 @@ from vlv import files
 from vlv.config import Paths
 
 POINTER = "data.dvc"
+REMEDY = "Restore it with: git checkout data.dvc, or pin the data with: dvc add data"
 
 
 class PinError(RuntimeError):
     """The data could not be pinned; the message says what DVC said."""
+
+
+def pinned_md5(pointer: Path) -> str:
+    """The folder hash in a .dvc file, "....dir". Raises `FileError` naming the file if it holds none."""
+    try:
+        outs = files.read_yaml_mapping(pointer, REMEDY).get("outs")
+    except files.FileError as error:
+        raise files.FileError(f"{pointer.name} pins no data: {error}") from error
+    first = outs[0] if isinstance(outs, list) and outs else None
+    md5 = first.get("md5") if isinstance(first, dict) else None
+    if not isinstance(md5, str):
+        raise files.FileError(f"{pointer} pins no data: it has no outs with an md5. {REMEDY}")
+    return md5
 
 
 def made_from(paths: Paths) -> dict[str, Any] | None:
@@ -26,8 +41,8 @@ def made_from(paths: Paths) -> dict[str, Any] | None:
     pointer = paths.root / POINTER
     if not pointer.exists():
         return None
-    value = yaml.safe_load(pointer.read_text(encoding="utf-8"))
-    settings = (value.get("meta") or {}).get("made_from") if isinstance(value, dict) else None
+    meta = files.read_yaml_mapping(pointer, REMEDY).get("meta")
+    settings = meta.get("made_from") if isinstance(meta, dict) else None
     return settings if isinstance(settings, dict) else None
 
 
@@ -43,8 +58,7 @@ def wanted(paths: Paths, source: dict[str, Any]) -> bool:
 
 def is_kept(paths: Paths) -> bool:
     """Whether DVC's cache has the pinned data. Without it `dvc repro` calls data.dvc changed."""
-    value = yaml.safe_load((paths.root / POINTER).read_text(encoding="utf-8"))
-    md5 = str(value["outs"][0]["md5"])
+    md5 = pinned_md5(paths.root / POINTER)
     return (paths.root / ".dvc" / "cache" / "files" / "md5" / md5[:2] / md5[2:]).exists()
 
 
@@ -52,7 +66,7 @@ def pin(paths: Paths, source: dict[str, Any]) -> None:
     """Make data.dvc pin data/ as it is now. Raises `PinError`."""
     _add(paths)
     pointer = paths.root / POINTER
-    value = yaml.safe_load(pointer.read_text(encoding="utf-8"))
+    value = files.read_yaml_mapping(pointer, REMEDY)
     value["meta"] = {**(value.get("meta") or {}), "made_from": source}
     files.write_text(pointer, yaml.safe_dump(value, sort_keys=False))
 
@@ -60,7 +74,7 @@ def pin(paths: Paths, source: dict[str, Any]) -> None:
 def keep(paths: Paths) -> None:
     """Put data/, which has to be the pinned data, into DVC's cache. Raises `PinError`."""
     pointer = paths.root / POINTER
-    text = pointer.read_text(encoding="utf-8")
+    text = files.read_text(pointer, REMEDY)
     _add(paths)
     files.write_text(pointer, text)  # dvc add writes the same in another order, which git would call a change
 

@@ -1,12 +1,12 @@
 """`vlv data caption`: captions from a large model behind an OpenAI-compatible endpoint."""
 
-import json
 import os
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from vlv import files
 from vlv.cli_data.importing import FormatOption, ImageColumnOption, ImagesOption, tell_format
 
 
@@ -71,7 +71,7 @@ def caption(
 
     if cap is not None and not (price_in or price_out):
         raise typer.BadParameter("a cap needs the prices: --price-in and --price-out, for a million tokens each")
-    text = PROMPT if prompt is None else prompt.read_text(encoding="utf-8").strip()
+    text = PROMPT if prompt is None else files.read_text(prompt).strip()
     reading = ReadOptions(tell_format(source, format_), images, image_column, "none")
     question = Question(
         base_url, model, text, _key(key_env), max_tokens, _extra(extra), timeout=timeout, retries=retries
@@ -94,9 +94,9 @@ def _key(name: str | None) -> str | None:
 
 def _extra(text: str) -> dict[str, Any]:
     try:
-        value = json.loads(text)
-    except ValueError as error:
-        raise typer.BadParameter(f"not JSON: {error}", param_hint="--extra") from error
+        value = files.parse_json(text, "the text", "Correct it.")
+    except files.FileError as error:
+        raise typer.BadParameter(str(error), param_hint="--extra") from error
     if not isinstance(value, dict):
         raise typer.BadParameter("a JSON object is needed", param_hint="--extra")
     return value

@@ -13,23 +13,28 @@ FormatOption = Annotated[
     Format | None, typer.Option("--format", help="What SOURCE is; without: guessed, and the guess is printed.")
 ]
 ImagesOption = Annotated[
-    Path | None, typer.Option("--images", help="coco: the folder of images; without: beside the annotations.")
+    Path | None,
+    typer.Option("--images", help="The folder of images, where a file names them; without: looked for beside it."),
 ]
 ImageColumnOption = Annotated[
-    str | None, typer.Option("--image-column", help="parquet: column of image bytes; without: guessed.")
+    str | None,
+    typer.Option("--image-column", help="The column of images, or of their file names; without: guessed."),
 ]
 
 
 def import_images(
     source: Annotated[
         str,
-        typer.Argument(metavar="SOURCE", help="Folder, tar, parquet or COCO file, or hf:datasets/OWNER/NAME@REVISION."),
+        typer.Argument(
+            metavar="SOURCE", help="Folder or file of one of the forms below, or hf:datasets/OWNER/NAME@REVISION."
+        ),
     ],
     format_: FormatOption = None,
     images: ImagesOption = None,
     image_column: ImageColumnOption = None,
     caption_column: Annotated[
-        str | None, typer.Option(help='parquet: column of captions; "none": there are none.')
+        str | None,
+        typer.Option(help='The column of captions; without: guessed. "none": there are none, do not ask for them.'),
     ] = None,
     captions: Annotated[
         Path | None, typer.Option(help="captions.parquet of `vlv data caption`: goes before the source's own captions.")
@@ -56,16 +61,25 @@ def import_images(
 
     - [bold]folder[/]: images at any depth, with NAME.txt, NAME.caption or NAME.json beside them if there are captions
 
-    - [bold]img2dataset[/]: its output, tars or files (also other webdataset tars with images, txt, json)
+    - [bold]imagefolder[/]: Hugging Face's: images with metadata.csv, .jsonl or .parquet
 
-    - [bold]parquet[/]: files with image bytes and captions; or a data set of the Hugging Face hub, by name
+    - [bold]table[/]: a .csv, .tsv, .jsonl or .json that names image files and says what they show
 
-    - [bold]coco[/]: a captions annotations file
+    - [bold]llava[/]: LLaVA's JSON of conversations, or its folder
+
+    - [bold]img2dataset[/]: its output, tars or files (also other webdataset tars with images, txt, json; tar.gz)
+
+    - [bold]parquet[/]: files with images (or their names) and captions; or a data set of the Hugging Face hub, by name
+
+    - [bold]arrow[/]: what `datasets`' save_to_disk wrote
+
+    - [bold]coco[/]: a captions annotations file, or the folder with annotations and images
 
     - [bold]shards[/]: another data folder of ours; its splits stay as they are
 
-    Each image left out is named by a reason and counted. A killed import goes on where it was, with the same result.
-    Then set data.source in params.yaml to `kind: imported`.
+    Each image left out is named by a reason and counted. Where a source holds captions and none of them is found, the
+    command stops with a question. A killed import goes on where it was, with the same result.
+    The profile comes first, since it says how large the images are cut: [bold]vlv config use photos[/]
 
     [dim]vlv data import ~/photos[/]
 
@@ -86,7 +100,7 @@ def import_images(
     place = assets.resolve(source, paths) if source.startswith("hf:") else Path(source).expanduser()
     chosen = tell_format(place, format_)
     wanted = Wanted(
-        Recipe(data.image_size, data.gate.min_side, data.gate.max_aspect, encoding),
+        Recipe(data.image_size, data.gate.min_side, data.gate.max_aspect, encoding, data.resize),
         data.shard_size,
         Shares(validation, test, seed),
         ReadOptions(chosen, images, image_column, caption_column, rule, seed),
@@ -101,7 +115,11 @@ def import_images(
         pinning.pin(paths, report.manifest.source)
         typer.echo(f"Pinned in {pinning.POINTER} (commit it)")
     if data.source.kind != "imported":
-        typer.echo("Next: in params.yaml set data.source to {kind: imported, description: ...}")
+        typer.echo(
+            f"params.yaml is the profile {settings.profile}, whose data is made here: the next run would replace these "
+            "images. For own ones: vlv config use photos, then the same import again (or data.source: {kind: imported} "
+            "in params.yaml)."
+        )
 
 
 def tell_format(source: Path, asked: Format | None) -> Format:

@@ -6,23 +6,23 @@ its range is an error that names the key. Nothing here imports torch, so that `v
 
 from typing import Annotated, Any
 
-import yaml
 from pydantic import Field, ValidationError, model_validator
 
 from vlv import files
 from vlv.config.base import ConfigError, Precision, Section, Weights
-from vlv.config.compute import Compute
-from vlv.config.data import Data, DataGate, ImportedSource, ScenesSource
-from vlv.config.models import Decoder, Encoder, LanguageModel
+from vlv.config.compute import Compute, LaunchByStage
+from vlv.config.data import Data, DataGate, ImportedSource, Resize, ScenesSource
+from vlv.config.models import Decoder, Encoder, Generation, LanguageModel
 from vlv.config.paths import Paths
 from vlv.config.results import Evaluate, Register
 from vlv.config.tracking import Tracking
 from vlv.config.training import Lora, Optimizer, Stage1, Stage2, Timesteps, Training
 
 __all__ = [
-    "Compute", "Config", "ConfigError", "Data", "DataGate", "Decoder", "Encoder", "Evaluate", "ImportedSource",
-    "LanguageModel", "Lora", "Optimizer", "Paths", "Precision", "Register", "ScenesSource", "Section", "Stage1",
-    "Stage2", "Timesteps", "Tracking", "Training", "Weights", "load", "parse", "profiles", "use",
+    "Compute", "Config", "ConfigError", "Data", "DataGate", "Decoder", "Encoder", "Evaluate", "Generation",
+    "ImportedSource", "LanguageModel", "LaunchByStage", "Lora", "Optimizer", "Paths", "Precision", "Register", "Resize",
+    "ScenesSource", "Section", "Stage1", "Stage2", "Timesteps", "Tracking", "Training", "Weights", "load", "parse",
+    "profiles", "use",
 ]  # fmt: skip
 
 
@@ -50,6 +50,20 @@ class Config(Section):
                 "stage2.cache_features is for stage2.learn mlp+llm+encoder with a frozen vision tower (stage1.learn "
                 "not all): a frozen encoder's context is cached anyway, a learning tower has nothing to keep"
             )
+        if self.encoder.drop_path and (self.stage1.cache_features or self.stage2.cache_features):
+            raise ValueError(
+                "encoder.drop_path changes the vision tower's features in each step: set stage1.cache_features and "
+                "stage2.cache_features to false"
+            )
+        if (
+            self.stage2.learn == "mlp+llm+encoder"
+            and not self.stage2.queries_learn
+            and self.stage1.learn == "queries_only"
+        ):
+            raise ValueError(
+                "with stage1.learn queries_only and stage2.queries_learn false nothing of the encoder learns in "
+                "Stage 2: set stage2.learn to mlp+llm"
+            )
         return self
 
 
@@ -57,12 +71,12 @@ def parse(text: str, name: str) -> Config:
     """Check the YAML text of a params.yaml or profile; `name` is what an error calls it.
 
     Raises:
-        ConfigError: not YAML, an unknown key, or a value of a wrong type or range.
+        ConfigError: not YAML, a key that is unknown or given twice, or a value of a wrong type or range.
     """
     try:
-        value: Any = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{name} is not valid YAML: {error}") from error
+        value: Any = files.parse_yaml(text, name, "Correct it.")
+    except files.FileError as error:
+        raise ConfigError(str(error)) from error
     try:
         return Config.model_validate(value)
     except ValidationError as error:
@@ -74,7 +88,7 @@ def load(paths: Paths) -> Config:
     """Read params.yaml."""
     if not paths.params.exists():
         raise ConfigError(f"{paths.params} does not exist. Write one with: vlv config use tiny")
-    return parse(paths.params.read_text(encoding="utf-8"), str(paths.params))
+    return parse(files.read_text(paths.params), str(paths.params))
 
 
 def profiles(paths: Paths) -> list[str]:
@@ -87,8 +101,8 @@ def use(paths: Paths, profile: str) -> Config:
     source = paths.root / "configs" / f"{profile}.yaml"
     if not source.exists():
         raise ConfigError(f"There is no profile {profile!r}; there are: {', '.join(profiles(paths))}")
-    text = source.read_text(encoding="utf-8")
+    text = files.read_text(source)
     config = parse(text, str(source))
-    if not paths.params.exists() or paths.params.read_text(encoding="utf-8") != text:
+    if not paths.params.exists() or paths.params.read_bytes() != text.encode():
         files.write_text(paths.params, text)
     return config

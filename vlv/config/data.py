@@ -6,6 +6,8 @@ from pydantic import Field
 
 from vlv.config.base import Positive, Section, Share
 
+Resize = Literal["bicubic", "torchvision"]
+
 
 class ScenesSource(Section):
     """Emoji scenes, drawn on the spot (vlv.scenes)."""
@@ -19,10 +21,12 @@ class ScenesSource(Section):
 
 
 class ImportedSource(Section):
-    """Images brought in by `vlv data import`; the command records here where they came from."""
+    """Images brought in by `vlv data import`, which notes in the data's manifest where they come from."""
 
     kind: Literal["imported"]
-    description: str = Field(description="where the images come from; shown in reports")
+    description: str | None = Field(
+        default=None, description="which images the profile is made for; for readers, nothing is decided by it"
+    )
 
 
 class DataGate(Section):
@@ -46,5 +50,10 @@ class Data(Section):
 
     source: ScenesSource | ImportedSource = Field(discriminator="kind")
     image_size: Positive = Field(description="pixels; images are scaled and cropped to this square")
+    resize: Resize = Field(
+        default="bicubic",
+        description="how images are brought to that square; torchvision: by its Resize and CenterCrop (bilinear), as "
+        "the release is trained and used",
+    )
     shard_size: Annotated[int, Field(gt=0, le=10_000)] = Field(description="samples in one tar")
     gate: DataGate

@@ -23,6 +23,22 @@ class Encoder(Section):
         description="normalise the projection and start it at the text side's per-position mean and spread"
     )
     start_gain: Annotated[float, Field(gt=0)] = Field(default=0.5, description="share of that spread at the start")
+    # How the release differs in the next three, and what was measured of it: docs/differences.md.
+    query_std: Annotated[float, Field(gt=0)] = Field(
+        default=0.5,
+        description="standard deviation of the queries at the start (release: 1); a norm follows them, so half the "
+        "size lets them turn twice as far in one step of AdamW. The committed tiny results were made with it",
+    )
+    dropout: Annotated[float, Field(ge=0, lt=1)] = Field(
+        default=0.0,
+        description="in the encoder's language model, wherever a training computes it (release: 0.1); our trainings "
+        "see an image a few times only, and fused attention cannot take masks that do not depend on who computes them",
+    )
+    drop_path: Annotated[float, Field(ge=0, lt=1)] = Field(
+        default=0.0,
+        description="stochastic depth in the vision tower, rising to this in its last block (release: 0.1); without "
+        "it a frozen tower's features are the same in each step, and can be cached",
+    )
 
 
 class Decoder(Section):
@@ -50,6 +66,28 @@ class Decoder(Section):
         return self
 
 
+class Generation(Section):
+    """How a captioner writes. The saved model keeps it; `vlv caption` may be told otherwise.
+
+    The defaults are for models that were taught their end, as ours are. A released checkpoint was not: it writes on
+    until the maximum, so the release searches with 4 beams and tidies up (vlv.converting.release.GENERATION).
+    """
+
+    beams: Positive = Field(default=1, description="1: greedy; more: beam search, the most likely caption is taken")
+    max_tokens: Positive | None = Field(default=None, description="of one caption; null: stage2.max_caption_tokens")
+    begin: Literal["tokenizer", "prefix"] = Field(
+        default="tokenizer",
+        description="tokenizer: the first word follows its <bos>, if it has one; prefix: the prefix",
+    )
+    end: Literal["tokenizer", "language_model"] = Field(
+        default="tokenizer",
+        description="tokenizer: its <eos> ends a caption; language_model: whatever its own generation settings name",
+    )
+    clean_up: bool = Field(
+        default=False, description="cut a caption after its last full stop, leave out sentences that were there before"
+    )
+
+
 class LanguageModel(Section):
     """The causal language model that writes the caption."""
 
@@ -61,3 +99,4 @@ class LanguageModel(Section):
         default=False, description="the MLP sees the context less its mean over the training images, over its spread"
     )
     prefix_positions: bool = Field(default=True, description="a learned position on each of the MLP's outputs")
+    generation: Generation = Field(default_factory=Generation)

@@ -110,6 +110,11 @@ class Stage2(Training):
     learn: Literal["mlp", "mlp+llm", "mlp+lora", "mlp+llm+encoder"] = Field(
         description="what learns; with the encoder (the same parts of it as in Stage 1) no context can be cached"
     )
+    queries_learn: bool = Field(
+        default=True,
+        description="mlp+llm+encoder: queries and projection learn as well; false: they stay as Stage 1 left them, as "
+        "in the release. All that a caption is made of passes them, and they cost next to nothing to teach",
+    )
     lora: Lora = Field(default_factory=Lora)
     max_caption_tokens: Positive = Field(description="longer captions are cut (and counted)")
     batching: Literal["shuffled", "bucketed"] = Field(

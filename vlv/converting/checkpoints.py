@@ -50,9 +50,11 @@ def read(path: Path) -> Checkpoint:
     """
     found = _find(path)
     if found.name in _INDEXES:
-        index: dict[str, Any] = files.read_json(found)
+        names = files.read_json_object(found, "Fetch the checkpoint again.").get("weight_map")
+        if not isinstance(names, dict) or not all(isinstance(name, str) for name in names.values()):
+            raise ConversionError(f"{found} has no weight_map of tensor names and files. Fetch the checkpoint again.")
         content: dict[str, Any] = {}
-        for name in sorted(set(index["weight_map"].values())):
+        for name in sorted(set(names.values())):
             if Path(name).name != name:
                 raise ConversionError(f"{found} names {name!r}, which is not a file beside it; nothing was read.")
             content |= _load(found.parent / name)

@@ -5,7 +5,6 @@ script (models/florence2/convert_florence2_original_pytorch_to_hf.py) and is wri
 """
 
 from pathlib import Path
-from typing import Any
 
 import torch
 from transformers import BartConfig, Florence2Config, Florence2ForConditionalGeneration
@@ -61,6 +60,7 @@ _TOKENIZER = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
     "merges.txt", "preprocessor_config.json", "generation_config.json",
 )  # fmt: skip
+_FETCH = "Fetch the hub's repository again."
 _CODE = {"auto_map", "processor_class", "custom_pipelines"}  # keys that point to code of the folder
 
 
@@ -96,8 +96,9 @@ def configuration(path: Path) -> Florence2Config:
     """
     if not path.exists():
         raise ConversionError(f"{path} does not exist: give the folder that the hub's repository was fetched to.")
-    value: dict[str, Any] = files.read_json(path)
-    if value.get("model_type") != "florence2" or "dim_embed" not in value.get("vision_config", {}):
+    value = files.read_json_object(path, _FETCH)
+    described = value.get("vision_config")
+    if value.get("model_type") != "florence2" or not isinstance(described, dict) or "dim_embed" not in described:
         raise ConversionError(f"{path} is not of a Florence-2 in Microsoft's layout.")
     vision = dict(value["vision_config"])
     temporal, positions = vision.pop("visual_temporal_embedding"), vision.pop("image_pos_embed")
@@ -161,5 +162,5 @@ def _copy(source: Path, target: Path) -> None:
     if source.suffix != ".json" or source.name in ("tokenizer.json", "vocab.json"):
         files.write_bytes(target, source.read_bytes())
         return
-    value: dict[str, Any] = files.read_json(source)
+    value = files.read_json_object(source, _FETCH)
     files.write_json(target, {key: setting for key, setting in value.items() if key not in _CODE})

@@ -12,12 +12,15 @@ import torch
 from torch import nn
 
 from vlv import files
-from vlv.config import Config, Paths
+from vlv.config import Config, Generation, Paths
 from vlv.converting import florence
 from vlv.converting.checkpoints import Checkpoint, ConversionError, read
 from vlv.converting.renaming import Renamed, Rule, rename, some
 from vlv.models.autoencoder import Autoencoder
 from vlv.models.captioner import Captioner
+
+# How the release writes: train/Caption_inference.py and `generate` in models/VLV_stage2.py.
+GENERATION = Generation(beams=4, max_tokens=300, begin="prefix", end="language_model", clean_up=True)
 
 # Frozen tensors must be the configured part's own, up to the rounding to bfloat16 that the release stores some in.
 _ROUNDING = 2.0**-8
@@ -66,12 +69,13 @@ class Conversion:
 
 
 def stage1(source: Path, output: Path, settings: Config, paths: Paths) -> Conversion:
-    """Write a released Stage 1 checkpoint as an auto-encoder's folder.
+    """Write a released Stage 1 checkpoint as an auto-encoder's folder; pictures come to it as in the release.
 
     Raises:
         ConversionError: unknown, missing or misshapen tensors, or other frozen parts than the configured ones.
     """
     _check(output, settings)
+    settings = as_used(settings)
     checkpoint = read(source)
     found = rename(checkpoint.tensors, STAGE1, str(checkpoint.path))
     model = Autoencoder.build(settings, paths)
@@ -83,7 +87,7 @@ def stage1(source: Path, output: Path, settings: Config, paths: Paths) -> Conver
 
 
 def stage2(source: Path, output: Path, settings: Config, paths: Paths) -> Conversion:
-    """Write a released Stage 2 checkpoint as a captioner's folder.
+    """Write a released Stage 2 checkpoint as a captioner's folder, which sees pictures and writes as the release does.
 
     Raises:
         ConversionError: as for `stage1`; or a configuration whose prefix is not the released form.
@@ -93,6 +97,7 @@ def stage2(source: Path, output: Path, settings: Config, paths: Paths) -> Conver
         raise ConversionError(
             "The released prefix is an MLP alone: set language_model.prefix_positions and standardise_context to false."
         )
+    settings = as_used(settings)
     checkpoint = read(source)
     found = rename(checkpoint.tensors, STAGE2, str(checkpoint.path))
     model = Captioner.build(settings, paths)
@@ -111,6 +116,16 @@ def _check(output: Path, settings: Config) -> None:
         raise ConversionError(
             "The released projection has no mean and spread: set encoder.start_on_text_side to false."
         )
+
+
+def as_used(settings: Config) -> Config:
+    """`settings` with the release's way from a picture to the vision tower and its way of writing."""
+    return settings.model_copy(
+        update={
+            "data": settings.data.model_copy(update={"resize": "torchvision"}),
+            "language_model": settings.language_model.model_copy(update={"generation": GENERATION}),
+        }
+    )
 
 
 @torch.no_grad()

@@ -6,14 +6,13 @@ each expectation that failed, and the shard and sample.
 """
 
 import importlib
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 from pydantic import BaseModel
 
-from vlv import config
+from vlv import config, telemetry
 from vlv.data import shards
 from vlv.data.inspection import inspect
 from vlv.data.shards import DataError, Manifest
@@ -122,7 +121,7 @@ def validate(
 
 def _expectations() -> Any:
     """Great Expectations' own, imported where needed: it takes some ten seconds."""
-    os.environ["GX_ANALYTICS_ENABLED"] = "false"  # read when the library is imported
+    telemetry.off()  # read when the library is imported
     return importlib.import_module("great_expectations.expectations")
 
 

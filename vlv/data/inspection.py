@@ -1,6 +1,5 @@
 """Reads all of the data, as it is, into two tables for the gate; damage becomes a value, not an exception."""
 
-import io
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -8,7 +7,6 @@ from typing import Any
 import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
-from PIL import Image
 
 from vlv import files, images
 from vlv.data import shards
@@ -158,8 +156,7 @@ class _Inspector:
             self.held[split].add(sample.caption, unknown)
         try:
             images.decode(sample.image)
-            with Image.open(io.BytesIO(sample.image)) as opened:
-                row.width, row.height, row.mode = opened.width, opened.height, opened.mode
+            row.width, row.height, row.mode = images.header(sample.image)
             row.short_side = min(row.width, row.height)
             row.aspect = max(row.width, row.height) / row.short_side
         except images.ImageError as error:

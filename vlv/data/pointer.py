@@ -9,9 +9,8 @@ import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import yaml
+from vlv import files, pinning
 
 
 @dataclass(frozen=True)
@@ -39,24 +38,14 @@ def folder_md5(md5s: dict[str, str]) -> str:
     return digest.hexdigest() + ".dir"
 
 
-def pinned_md5(pointer: Path) -> str:
-    """The folder hash in a .dvc file, "....dir". Raises `ValueError` naming the file if it holds none."""
-    try:
-        value: Any = yaml.safe_load(pointer.read_text(encoding="utf-8"))
-        md5 = value["outs"][0]["md5"]
-    except (OSError, yaml.YAMLError, KeyError, IndexError, TypeError) as error:
-        raise ValueError(f"{pointer} pins no data ({error!r}). Pin the data with: dvc add data") from error
-    return str(md5)
-
-
 def compare(pointer: Path, md5s: dict[str, str]) -> str | None:
     """None if the files are the pinned version, else what differs.
 
     The pointer holds one hash for all. Which file differs is known only if DVC's cache has the listing.
     """
     try:
-        pinned = pinned_md5(pointer)
-    except ValueError as error:
+        pinned = pinning.pinned_md5(pointer)
+    except files.FileError as error:
         return str(error)
     found = folder_md5(md5s)
     if found == pinned:
@@ -64,7 +53,7 @@ def compare(pointer: Path, md5s: dict[str, str]) -> str | None:
     problem = f"its md5 is {found}, pinned is {pinned}"
     listing = pointer.parent / ".dvc" / "cache" / "files" / "md5" / pinned[:2] / pinned[2:]
     if listing.exists():
-        before = {entry["relpath"]: entry["md5"] for entry in json.loads(listing.read_text(encoding="utf-8"))}
+        before = {entry["relpath"]: entry["md5"] for entry in files.read_json(listing)}
         changed = sorted(name for name in {*before, *md5s} if before.get(name) != md5s.get(name))
         problem += f" (different: {', '.join(changed[:5])}{' ...' if len(changed) > 5 else ''})"
     return problem

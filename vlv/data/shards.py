@@ -7,7 +7,6 @@ tar that was cut between two members, so a shard is read against the manifest.
 """
 
 import functools
-import json
 import tarfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -114,7 +113,7 @@ def _sample(raw: dict[str, Any], path: Path) -> Sample:
     if len(found) != 1:
         raise DataError(f"Shard {path}, sample {key}: {len(found)} images instead of one. {REMEDY}")
     try:
-        meta: dict[str, Any] = json.loads(raw["json"]) if "json" in raw else {}
+        meta: dict[str, Any] = files.parse_json(raw["json"], "its JSON", "") if "json" in raw else {}
         caption = raw["txt"].decode() if "txt" in raw else None
         if not isinstance(meta, dict):
             raise ValueError("the JSON holds no object")

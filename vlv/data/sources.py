@@ -20,6 +20,8 @@ logger = logging.getLogger(__name__)
 
 # Raise it when vlv.scenes draws or writes differently: data made before is then made again.
 _SCENES_VERSION = 1
+# What a manifest that does not say so was made with; not written, so that data made before keeps its bytes.
+_BEFORE = {"resize": "bicubic"}
 
 
 def materialise(wanted: config.Data, paths: config.Paths, data: Path, progress: Progress | None = None) -> Manifest:
@@ -36,7 +38,7 @@ def materialise(wanted: config.Data, paths: config.Paths, data: Path, progress: 
         return _imported(data, source)
     try:
         manifest = shards.read_manifest(data)
-        if {key: manifest.source.get(key) for key in source} == source:
+        if _other(manifest, source) is None:
             shards.verify(data, None)
             return manifest
         logger.info("%s was made with other settings: making it again", data)
@@ -48,20 +50,28 @@ def materialise(wanted: config.Data, paths: config.Paths, data: Path, progress: 
 
 def describe(wanted: config.Data) -> dict[str, Any]:
     """What decides the bytes of the data."""
-    sizes = {"image_size": wanted.image_size, "shard_size": wanted.shard_size}
+    sizes: dict[str, Any] = {"image_size": wanted.image_size, "shard_size": wanted.shard_size}
+    if wanted.resize != _BEFORE["resize"]:
+        sizes["resize"] = wanted.resize
     if isinstance(wanted.source, config.ImportedSource):
         return {"kind": "imported"} | sizes
     return wanted.source.model_dump() | sizes | {"version": _SCENES_VERSION}
 
 
+def _other(manifest: Manifest, source: dict[str, Any]) -> str | None:
+    """The first thing in which the data that is there differs from what is wanted."""
+    made, wanted = {**_BEFORE, **manifest.source}, {**_BEFORE, **source}
+    return next((key for key, value in wanted.items() if made.get(key) != value), None)
+
+
 def _imported(data: Path, source: dict[str, Any]) -> Manifest:
     manifest = shards.read_manifest(data)
-    for key, value in source.items():
-        if manifest.source.get(key) != value:
-            raise DataError(
-                f"{data} has {key} {manifest.source.get(key)!r}, but params.yaml says {value!r}. "
-                "Import the images again: vlv data import FOLDER"
-            )
+    if (key := _other(manifest, source)) is not None:
+        found, value = ({**_BEFORE, **about}.get(key) for about in (manifest.source, source))
+        raise DataError(
+            f"{data} has {key} {found!r}, but params.yaml says {value!r}. "
+            "Import the images again: vlv data import FOLDER"
+        )
     shards.verify(data, None)
     return manifest
 
@@ -80,7 +90,7 @@ def _draw_all(
         for index, split in enumerate(get_args(scenes.Split)):
             count: int = getattr(source, split)
             rng = np.random.default_rng([source.seed, index])
-            records = _draw(split, count, rng, painter, wanted.image_size, progress)
+            records = _draw(split, count, rng, painter, wanted, progress)
             splits[split] = writer.write_split(folder / split, records, wanted.shard_size)
         about = describe(wanted) | {"sprites_sha256": assets.describe(source.sprites, sprites)["sha256"]}
         manifest = Manifest(source=about, splits=splits)
@@ -93,14 +103,14 @@ def _draw(
     count: int,
     rng: np.random.Generator,
     painter: scenes.Painter,
-    size: int,
+    wanted: config.Data,
     progress: Progress | None,
 ) -> Iterator[Record]:
     """`count` scenes of different specifications; a smaller count gives the first ones of a larger."""
     drawn = scenes.specifications(split, rng, unique=True)
     for number in range(count):
         scene = next(drawn)
-        pixels = images.resize_crop(painter.draw(scene, rng), size)
+        pixels = images.resize_crop(painter.draw(scene, rng), wanted.image_size, wanted.resize)
         height, width = pixels.shape[:2]
         yield Record(
             url=f"scene:{split}/{number}",

@@ -93,8 +93,17 @@ def _members(record: Record, image: bytes, digest: str) -> dict[str, bytes]:
     members = {record.extension: image}
     if record.caption is not None:
         members["txt"] = record.caption.encode()
-    members["json"] = json.dumps(meta, sort_keys=True, ensure_ascii=False, allow_nan=False).encode()
+    members["json"] = to_json(meta)
     return members
+
+
+def to_json(meta: dict[str, Any]) -> bytes:
+    """What KEY.json holds, keys sorted.
+
+    Raises:
+        ValueError: it has NaN, Infinity or half characters (lone surrogates), which no JSON file may hold.
+    """
+    return json.dumps(meta, sort_keys=True, ensure_ascii=False, allow_nan=False).encode()
 
 
 def open_table(path: Path) -> pq.ParquetWriter:

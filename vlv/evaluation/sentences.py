@@ -11,12 +11,23 @@ from transformers import AutoModel, AutoTokenizer
 from vlv.evaluation import intervals
 
 
+class SentenceModelError(ValueError):
+    """A sentence model that cannot be built; the message names the folder and what is wrong."""
+
+
 class SentenceModel:
     """A sentence-transformers model with mean pooling (Reimers and Gurevych 2019), such as all-MiniLM-L6-v2."""
 
     def __init__(self, folder: Path, device: torch.device | None = None) -> None:
-        self._tokenizer = AutoTokenizer.from_pretrained(folder)
-        self._model: Any = AutoModel.from_pretrained(folder, use_safetensors=True).eval().to(device or "cpu")
+        try:
+            self._tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+            model: Any = AutoModel.from_pretrained(folder, use_safetensors=True, trust_remote_code=False)
+        except Exception as error:  # of a damaged folder the library raises errors of any kind
+            first = str(error).strip().split("\n")[0] or type(error).__name__
+            raise SentenceModelError(
+                f"evaluate.sentence_model could not be built from {folder}: {first} (Code in a folder is never run.)"
+            ) from error
+        self._model = model.eval().to(device or "cpu")
 
     @torch.no_grad()
     def embed(self, sentences: Sequence[str], batch_size: int = 64) -> torch.Tensor:

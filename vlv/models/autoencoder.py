@@ -10,11 +10,13 @@ from torch import nn
 
 from vlv import config, draws, images
 from vlv.config import Config, Paths
+from vlv.dropout import Masks
 from vlv.models import folder as folders
 from vlv.models import pretrained
 from vlv.models.conditioners.base import Context
 from vlv.models.decoders.base import Decoder
 from vlv.models.encoder import CaptionEncoder
+from vlv.preprocessing import Preprocessing
 
 KIND = "autoencoder"
 PARTS = ["encoder", "decoder"]
@@ -34,6 +36,11 @@ class Stage1Batch:
     features: torch.Tensor | None = None
     latent_mean: torch.Tensor | None = None
     latent_spread: torch.Tensor | None = None
+
+    def __len__(self) -> int:
+        known = self.images if self.images is not None else self.features
+        assert known is not None
+        return len(known)
 
 
 class Autoencoder(nn.Module):
@@ -55,8 +62,9 @@ class Autoencoder(nn.Module):
     def forward(self, batch: Stage1Batch, generator: torch.Generator) -> torch.Tensor:
         """Mean denoising loss; each image is encoded once and denoised `draws_per_image` times."""
         assert self.settings is not None, "built without training settings"
-        features = batch.features.to(self.device) if batch.features is not None else self._features(batch)
-        context = self.decoder.condition(self.encoder(features.float()).float())
+        masks = self.encoder.masks(generator, len(batch))
+        features = batch.features.to(self.device) if batch.features is not None else self._features(batch, masks)
+        context = self.decoder.condition(self.encoder(features.float(), masks).float())
         mean, spread = self._latents(batch)
         repeats = self.settings.draws_per_image
         mean, spread, context = (x.repeat_interleave(repeats, 0) for x in (mean, spread, context))
@@ -65,9 +73,9 @@ class Autoencoder(nn.Module):
             latents, context, generator, self.settings.timesteps, self.settings.loss, self.settings.same_noise
         ).mean()
 
-    def _features(self, batch: Stage1Batch) -> torch.Tensor:
+    def _features(self, batch: Stage1Batch, masks: Masks | None) -> torch.Tensor:
         assert batch.images is not None
-        return self.encoder.features(batch.images)
+        return self.encoder.features(batch.images, masks)
 
     @torch.no_grad()
     def _latents(self, batch: Stage1Batch) -> tuple[torch.Tensor, torch.Tensor]:
@@ -79,7 +87,7 @@ class Autoencoder(nn.Module):
 
     @torch.no_grad()
     def context(self, batch: torch.Tensor) -> torch.Tensor | Context:
-        """Images (B, 3, H, W) uint8 -> the decoder's context: (B, Q, C), or a Context of these lengths."""
+        """Squares (B, 3, S, S) uint8 -> the decoder's context: (B, Q, C), or a Context of these lengths."""
         context: torch.Tensor | Context = self.decoder.condition(self.encoder(self.encoder.features(batch)).float())
         return context
 
@@ -97,9 +105,9 @@ class Autoencoder(nn.Module):
         """
         result: list[images.Pixels] = []
         for i in range(0, len(pictures), batch_size):
-            squares = [images.resize_crop(p, self.decoder.image_size) for p in pictures[i : i + batch_size]]
+            squares = self.encoder.preprocessing.cut(pictures[i : i + batch_size])
             seeds = [seed + i + k for k in range(len(squares))]
-            drawn = self.decoder.sample(self.context(images.to_batch(squares)), seeds, steps, guidance)
+            drawn = self.decoder.sample(self.context(squares), seeds, steps, guidance)
             result += images.to_arrays(drawn)
         return result
 
@@ -137,4 +145,4 @@ def build_encoder(settings: Config, width: int, paths: Paths) -> CaptionEncoder:
     statistics = None
     if settings.encoder.start_on_text_side:
         statistics = pretrained.text_statistics(settings.decoder, paths, settings.encoder.queries)
-    return pretrained.encoder(settings.encoder, width, paths, statistics)
+    return pretrained.encoder(settings.encoder, Preprocessing.of(settings), width, paths, statistics)

@@ -11,10 +11,12 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from vlv import images
-from vlv.config import Config, Paths
+from vlv.config import Config, Generation, Paths
+from vlv.dropout import Masks
 from vlv.models import adapters, pretrained
 from vlv.models import folder as folders
 from vlv.models.autoencoder import build_encoder
+from vlv.models.cleaning import clean_up
 from vlv.models.conditioners.base import Conditioner
 from vlv.models.encoder import CaptionEncoder, Learn
 
@@ -84,6 +86,8 @@ class Captioner(nn.Module):
     Args:
         conditioner: the text side of the frozen decoder, on the embeddings' way to the context.
         tokenizer: None for an architecture alone, which may come without words: it can learn, but not write.
+        generation: how it writes; may be replaced at any time.
+        max_caption_tokens: of a caption, where `generation` names no other maximum.
     """
 
     def __init__(
@@ -93,12 +97,13 @@ class Captioner(nn.Module):
         prefix: Prefix,
         language_model: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase | None,
+        generation: Generation,
         max_caption_tokens: int,
     ) -> None:
         super().__init__()
         self.encoder, self.conditioner, self.prefix = encoder, conditioner, prefix
         self.language_model, self._tokenizer = language_model, tokenizer
-        self.max_caption_tokens = max_caption_tokens
+        self.generation, self.max_caption_tokens = generation, max_caption_tokens
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -111,37 +116,43 @@ class Captioner(nn.Module):
             raise ValueError("this language model was built from its architecture alone, without a tokenizer")
         return self._tokenizer
 
-    def set_learning(self, learn: str, in_encoder: Learn = "language_model") -> None:
+    def set_learning(self, learn: str, in_encoder: Learn = "language_model", *, queries: bool = True) -> None:
         """mlp: the prefix; mlp+llm: the language model too; mlp+lora: its adapters; mlp+llm+encoder: all of these.
 
-        `in_encoder` says what learns in an encoder that does; conditioning stays frozen always.
+        `in_encoder` says what learns in an encoder that does, `queries` whether its queries and projection do too;
+        conditioning stays frozen always.
         """
         self.requires_grad_(False)
         if learn == "mlp+llm+encoder":
-            self.encoder.set_learning(in_encoder)
+            self.encoder.set_learning(in_encoder, queries=queries)
         self.prefix.requires_grad_(True)
         if learn in ("mlp+llm", "mlp+llm+encoder"):
             self.language_model.requires_grad_(True)
         elif learn == "mlp+lora":
             adapters.set_learning(self.language_model)
 
+    def choose(self, settings: Config) -> None:
+        """What learns in Stage 2, as configured."""
+        self.set_learning(settings.stage2.learn, settings.stage1.learn, queries=settings.stage2.queries_learn)
+
     @torch.no_grad()
     def context(self, batch: torch.Tensor) -> torch.Tensor:
-        """Images (B, 3, H, W) uint8 -> context (B, Q, C), without gradient."""
+        """Squares (B, 3, S, S) uint8 -> context (B, Q, C), without gradient."""
         return self._context(self.encoder.features(batch))
 
-    def _context(self, features: torch.Tensor) -> torch.Tensor:
-        return self.conditioner.states(self.encoder(features).float())
+    def _context(self, features: torch.Tensor, masks: Masks | None = None) -> torch.Tensor:
+        return self.conditioner.states(self.encoder(features, masks).float())
 
     def forward(self, batch: Stage2Batch, generator: torch.Generator) -> torch.Tensor:
-        """Mean cross-entropy of the labelled tokens; draws nothing from `generator`.
+        """Mean cross-entropy of the labelled tokens; draws nothing from `generator`, whose seed decides what an encoder
+        that is computed here drops.
 
         Token t is predicted from the prefix and the tokens before it; the first one from the prefix alone.
         Logits are computed only where there is a label.
         """
         device = self.prefix.device
         labels = batch.labels.to(device)
-        prefix = self.prefix(self._context_of(batch).to(device).float())
+        prefix = self.prefix(self._context_of(batch, generator).to(device).float())
         words = self.language_model.get_input_embeddings()(batch.ids.to(device))
         states = self.language_model.base_model(
             inputs_embeds=torch.cat([prefix.to(words.dtype), words], 1), use_cache=False
@@ -151,13 +162,14 @@ class Captioner(nn.Module):
         logits = self.language_model.get_output_embeddings()(predicting[labelled])
         return F.cross_entropy(logits.float(), labels[labelled])
 
-    def _context_of(self, batch: Stage2Batch) -> torch.Tensor:
+    def _context_of(self, batch: Stage2Batch, generator: torch.Generator) -> torch.Tensor:
         if batch.context is not None:
             return batch.context
+        masks = self.encoder.masks(generator, len(batch.ids))
         if batch.features is not None:
-            return self._context(batch.features.to(self.encoder.queries.device).float())
+            return self._context(batch.features.to(self.encoder.queries.device).float(), masks)
         assert batch.images is not None
-        return self._context(self.encoder.features(batch.images))
+        return self._context(self.encoder.features(batch.images, masks), masks)
 
     def loss_weight(self, batch: Stage2Batch) -> int:
         """How many tokens the loss of `batch` is a mean over."""
@@ -165,12 +177,16 @@ class Captioner(nn.Module):
 
     @torch.no_grad()
     def write(self, context: torch.Tensor | None, count: int = 1) -> list[str]:
-        """Captions for contexts (B, Q, C), greedy, each until its <eos>.
+        """Captions for contexts (B, Q, C), as `generation` says: by default greedy, each until its <eos>.
 
-        Without a context (None) the language model writes `count` captions alone: the floor without an image.
+        Without a context (None) the language model draws `count` captions alone: the floor without an image.
         """
+        how = self.generation
         table = self.language_model.get_input_embeddings()
-        begin = self.tokenizer.bos_token_id
+        begin = None if how.begin == "prefix" and context is not None else self.tokenizer.bos_token_id
+        own_end = self.language_model.generation_config.eos_token_id
+        end = self.tokenizer.eos_token_id if how.end == "tokenizer" else own_end
+        beams = 1 if context is None else how.beams
         rows = count if context is None else len(context)
         start = [] if begin is None else [table(torch.full((rows, 1), begin, device=table.weight.device))]
         prefix = [] if context is None else [self.prefix(context).to(table.weight.dtype)]
@@ -178,19 +194,22 @@ class Captioner(nn.Module):
         written = self.language_model.generate(
             inputs_embeds=inputs,
             attention_mask=torch.ones(inputs.shape[:2], dtype=torch.long, device=inputs.device),
-            max_new_tokens=self.max_caption_tokens,
+            max_new_tokens=how.max_tokens or self.max_caption_tokens,
             do_sample=context is None,
-            eos_token_id=self.tokenizer.eos_token_id,
+            num_beams=beams,
+            early_stopping=beams > 1,  # as the release: done once there are as many whole captions as beams
+            eos_token_id=end,
             pad_token_id=self.tokenizer.pad_token_id or self.tokenizer.eos_token_id,
         )
-        return [text.strip() for text in self.tokenizer.batch_decode(written, skip_special_tokens=True)]
+        texts: list[str] = self.tokenizer.batch_decode(written, skip_special_tokens=True)
+        return [clean_up(text) if how.clean_up else text.strip() for text in texts]
 
     def caption(self, pictures: Sequence[images.Pixels], batch_size: int = 50) -> list[str]:
-        """Caption pictures, (H, W, 3) uint8 of any size: each is scaled and cropped to the encoder's square."""
+        """Caption pictures, (H, W, 3) uint8 of any size; they come to the vision tower as in training."""
         result: list[str] = []
         for i in range(0, len(pictures), batch_size):
-            squares = [images.resize_crop(p, self.encoder.image_size) for p in pictures[i : i + batch_size]]
-            result += self.write(self.context(images.to_batch(squares)))
+            squares = self.encoder.preprocessing.cut(pictures[i : i + batch_size])
+            result += self.write(self.context(squares))
         return result
 
     def save(self, folder: Path, settings: Config, paths: Paths, card: str) -> None:
@@ -201,7 +220,7 @@ class Captioner(nn.Module):
         """Tensors, by name, that Stage 1 or Stage 2 changed: what a saved captioner holds."""
         self.encoder.set_learning(settings.stage1.learn)
         by_stage_1 = {f"encoder.{n}": p for n, p in self.encoder.named_parameters() if p.requires_grad}
-        self.set_learning(settings.stage2.learn, settings.stage1.learn)
+        self.choose(settings)
         statistics = {"prefix.mean": self.prefix.mean, "prefix.spread": self.prefix.spread}
         return by_stage_1 | {n: p for n, p in self.named_parameters() if p.requires_grad} | statistics
 
@@ -219,8 +238,8 @@ class Captioner(nn.Module):
         tokens = settings.stage2.max_caption_tokens
         if settings.stage2.learn == "mlp+lora":
             adapters.insert(language_model, settings.stage2.lora)
-        captioner = Captioner(encoder, conditioner, prefix, language_model, tokenizer, tokens)
-        captioner.set_learning(settings.stage2.learn, settings.stage1.learn)
+        captioner = Captioner(encoder, conditioner, prefix, language_model, tokenizer, section.generation, tokens)
+        captioner.choose(settings)
         return captioner
 
     @staticmethod

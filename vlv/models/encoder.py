@@ -13,6 +13,8 @@ from torch import nn
 from transformers import Florence2ForConditionalGeneration, PreTrainedTokenizerBase
 
 from vlv import files, images
+from vlv.dropout import DropPath, Masks, dropping
+from vlv.preprocessing import Preprocessing
 
 Learn = Literal["language_model", "decoder_only", "all", "queries_only"]
 
@@ -57,8 +59,11 @@ class CaptionEncoder(nn.Module):
     Args:
         florence: the pretrained model.
         prompt_ids: ids of the task prompt that follows the image features; may be empty.
-        image_size: pixels, side of the vision tower's input.
+        preprocessing: the way of a picture to the vision tower.
         mean, std: the image processor's, three channels, for pixels in [0, 1].
+        query_std: of the queries at the start.
+        drop_rate: dropout in the language model; drop_path: stochastic depth in the vision tower. Both act in a
+            training's forward pass alone, which hands on masks.
     """
 
     mean: torch.Tensor
@@ -69,29 +74,36 @@ class CaptionEncoder(nn.Module):
         self,
         florence: Florence2ForConditionalGeneration,
         prompt_ids: list[int],
-        image_size: int,
+        preprocessing: Preprocessing,
         mean: list[float],
         std: list[float],
         *,
         queries: int,
         projection: Projection,
+        query_std: float = 0.5,
+        drop_rate: float = 0.0,
+        drop_path: float = 0.0,
     ) -> None:
         super().__init__()
         self.florence = florence
-        self.image_size = image_size
+        self.preprocessing = preprocessing
         width = florence.config.text_config.d_model
-        self.queries = nn.Parameter(torch.randn(1, queries, width) * 0.5)
+        self.queries = nn.Parameter(torch.randn(1, queries, width) * query_std)
         self.projection = projection
+        self.drop_rate, self.drop_path = drop_rate, drop_path
+        if drop_path:
+            _put_drop_path(florence.model.vision_tower, drop_path)
         self.register_buffer("prompt_ids", torch.tensor(prompt_ids, dtype=torch.long), persistent=False)
         self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1), persistent=False)
 
-    def set_learning(self, learn: Learn) -> None:
+    def set_learning(self, learn: Learn, *, queries: bool = True) -> None:
         """Choose what learns; everything else is frozen.
 
         language_model: BART encoder and decoder, queries, projection (the released script's choice);
         decoder_only: BART decoder, queries, projection; all: the vision tower too; queries_only: queries and
         projection. Word embeddings learn only where a prompt uses them, the word head never (nothing reads it).
+        `queries`: False keeps queries and projection frozen.
         """
         self.requires_grad_(False)
         language = self.florence.model.language_model
@@ -106,43 +118,57 @@ class CaptionEncoder(nn.Module):
         self.florence.get_input_embeddings().requires_grad_(words)
         if not words:
             self.florence.lm_head.requires_grad_(False)
-        self.queries.requires_grad_(True)
-        self.projection.requires_grad_(True)
+        self.queries.requires_grad_(queries)
+        self.projection.requires_grad_(queries)
 
-    def features(self, batch: torch.Tensor) -> torch.Tensor:
-        """Images (B, 3, H, W) uint8 -> the vision tower's projected features (B, T, D)."""
-        pixels = batch.to(self.queries.device)
-        if pixels.shape[-1] != self.image_size:
-            size = (self.image_size, self.image_size)
-            resized = F.interpolate(pixels.float(), size, mode="bicubic", antialias=True)
-            pixels = resized.round().clamp(0, 255).to(torch.uint8)
-        normalised = ((images.to_model(pixels) + 1) / 2 - self.mean) / self.std
+    def masks(self, generator: torch.Generator, samples: int) -> Masks | None:
+        """What the encoder drops in this step of a training; None where it drops nothing."""
+        return Masks(generator, samples) if self.drop_rate or self.drop_path else None
+
+    def features(self, batch: torch.Tensor, masks: Masks | None = None) -> torch.Tensor:
+        """Squares of the training data's size (B, 3, S, S) uint8 -> the vision tower's projected features (B, T, D).
+
+        Raises:
+            ValueError: images of another size.
+        """
+        pixels = self.preprocessing.for_tower(batch.to(self.queries.device))
+        normalised = images.to_processor(pixels, self.mean, self.std)
         tower_dtype = next(self.florence.model.vision_tower.parameters()).dtype
-        features: torch.Tensor = self.florence.model.get_image_features(normalised.to(tower_dtype)).pooler_output
+        with dropping(masks, 0.0):
+            features: torch.Tensor = self.florence.model.get_image_features(normalised.to(tower_dtype)).pooler_output
         return features
 
-    def encode(self, features: torch.Tensor) -> torch.Tensor:
+    def encode(self, features: torch.Tensor, masks: Masks | None = None) -> torch.Tensor:
         """Features (B, T, D) -> BART encoder states (B, T + P, D), prompt of P words appended."""
         states = features
         if len(self.prompt_ids):
             words = self.florence.get_input_embeddings()(self.prompt_ids)
             states = torch.cat([states, words.expand(len(states), -1, -1).to(states.dtype)], 1)
-        encoded: torch.Tensor = self.florence.model.language_model.encoder(inputs_embeds=states).last_hidden_state
+        with dropping(masks, self.drop_rate):
+            encoded: torch.Tensor = self.florence.model.language_model.encoder(inputs_embeds=states).last_hidden_state
         return encoded
 
-    def forward(self, features: torch.Tensor) -> torch.Tensor:
+    def forward(self, features: torch.Tensor, masks: Masks | None = None) -> torch.Tensor:
         """Features (B, T, D) -> caption embeddings (B, Q, W)."""
-        return self.decode(self.encode(features))
+        return self.decode(self.encode(features, masks), masks)
 
-    def decode(self, encoded: torch.Tensor) -> torch.Tensor:
+    def decode(self, encoded: torch.Tensor, masks: Masks | None = None) -> torch.Tensor:
         """BART encoder states (B, T + P, D) -> caption embeddings (B, Q, W): what the queries read in them."""
-        decoded = self.florence.model.language_model.decoder(
-            inputs_embeds=self.queries.to(encoded.dtype).expand(len(encoded), -1, -1),
-            encoder_hidden_states=encoded,
-            use_cache=False,
-        ).last_hidden_state
+        with dropping(masks, self.drop_rate):
+            decoded = self.florence.model.language_model.decoder(
+                inputs_embeds=self.queries.to(encoded.dtype).expand(len(encoded), -1, -1),
+                encoder_hidden_states=encoded,
+                use_cache=False,
+            ).last_hidden_state
         embeddings: torch.Tensor = self.projection(decoded)
         return embeddings
+
+
+def _put_drop_path(tower: nn.Module, last: float) -> None:
+    """Give each half block of the tower its rate, rising evenly from 0 to `last`, as Florence-2 was trained."""
+    halves = [part for part in tower.modules() if hasattr(part, "drop_path1")]
+    for half, rate in zip(halves, torch.linspace(0, last, len(halves)).tolist(), strict=True):
+        half.drop_path1, half.drop_path2 = DropPath(rate), DropPath(rate)
 
 
 def processor_statistics(folder: Path) -> tuple[list[float], list[float]]:
@@ -150,8 +176,12 @@ def processor_statistics(folder: Path) -> tuple[list[float], list[float]]:
     path = folder / "preprocessor_config.json"
     if not path.exists():
         return [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
-    config = files.read_json(path)
-    return config["image_mean"], config["image_std"]
+    config = files.read_json_object(path)
+    mean, std = config.get("image_mean"), config.get("image_std")
+    for values in (mean, std):
+        if not isinstance(values, list) or len(values) != 3 or not all(isinstance(v, int | float) for v in values):
+            raise files.FileError(f"{path}: image_mean and image_std must be three numbers each. Restore it.")
+    return mean, std
 
 
 def tokenize_prompt(tokenizer: PreTrainedTokenizerBase | None, prompt: str) -> list[int]:

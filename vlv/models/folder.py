@@ -8,12 +8,13 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import safetensors
 import safetensors.torch
 import torch
+from pydantic import TypeAdapter, ValidationError
 from torch import nn
+from typing_extensions import TypedDict  # pydantic takes typing's own from Python 3.12 on
 
 from vlv import assets, files
 from vlv.config import Config, Paths
@@ -25,14 +26,21 @@ class ModelFolderError(RuntimeError):
     """A folder that is not the saved model it should be; the message names folder, keys and remedy."""
 
 
+class Part(TypedDict):
+    """A frozen pretrained part: where it comes from, and the hash of its content."""
+
+    reference: str
+    sha256: str
+
+
 @dataclass(frozen=True)
 class Saved:
     """What config.json says: `kind` ("autoencoder" or "captioner"), the configuration it was built with and
-    the pretrained parts, section name -> reference and content hash."""
+    the pretrained parts by section name."""
 
     kind: str
     config: Config
-    parts: dict[str, dict[str, str]]
+    parts: dict[str, Part]
 
 
 def save(
@@ -71,10 +79,17 @@ def read(folder: Path, kind: str) -> Saved:
     path = folder / CONFIG
     if not path.exists():
         raise ModelFolderError(f"{folder} is no {kind}: it has no {CONFIG}. Train one with: dvc repro")
-    value: dict[str, Any] = files.read_json(path)
+    value = files.read_json_object(path)
     if value.get("format") != f"vlv-{kind}-1":
         raise ModelFolderError(f"{folder} holds {value.get('format', 'something else')!r}, not a vlv-{kind}-1")
-    return Saved(kind, Config.model_validate(value["config"]), value["parts"])
+    try:
+        parts = TypeAdapter(dict[str, Part]).validate_python(value.get("parts"))
+        return Saved(kind, Config.model_validate(value.get("config")), parts)
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise ModelFolderError(
+            f"{path} is damaged ({'.'.join(map(str, first['loc']))}: {first['msg']}). Restore it, or train again."
+        ) from error
 
 
 def parts_root(folder: Path, saved: Saved, paths: Paths) -> Paths:
@@ -123,7 +138,7 @@ def restore(module: nn.Module, names: set[str], folder: Path) -> None:
 
 def bundle(folder: Path, paths: Paths, target: Path) -> None:
     """Copy a saved model to `target` together with its parts, so that it needs nothing else to load."""
-    value: dict[str, Any] = files.read_json(folder / CONFIG)
+    value = files.read_json_object(folder / CONFIG)
     shutil.copytree(folder, target)
     for part in value["parts"].values():
         if part["reference"].startswith("hf:"):

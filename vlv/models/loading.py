@@ -38,8 +38,13 @@ def building(what: str, folder: Path, weights: config.Weights) -> Iterator[None]
             yield
         except PretrainedError:
             raise  # of a part of this part: it names the right folder
-        except (OSError, ValueError, KeyError, RuntimeError) as error:
-            first = str(error).strip().split("\n")[0]
+        except Exception as error:  # of a damaged folder the libraries raise errors of any kind
+            first = (str(error).strip() or type(error).__name__).split("\n")[0]
+            if "trust_remote_code" in str(error):
+                first = (
+                    "its config.json names code of its own (auto_map), which is never run here. Choose a model that "
+                    "transformers has a class for."
+                )
             raise PretrainedError(f"{what} could not be built from {folder}: {first}") from error
 
 
@@ -47,16 +52,21 @@ def diffusers_part(cls: Any, folder: Path, name: str, weights: config.Weights) -
     """The part `name` of a diffusers folder, of the diffusers class `cls`, in float32."""
     with building(name, folder, weights):
         if weights == "random":
-            return cls.from_config(cls.load_config(folder, subfolder=name)).eval()
+            return cls.from_config(cls.load_config(folder, subfolder=name), trust_remote_code=False).eval()
         return cls.from_pretrained(
-            folder, subfolder=name, use_safetensors=True, torch_dtype=torch.float32, low_cpu_mem_usage=False
+            folder,
+            subfolder=name,
+            use_safetensors=True,
+            torch_dtype=torch.float32,
+            low_cpu_mem_usage=False,
+            trust_remote_code=False,
         ).eval()
 
 
 def schedule(cls: Any, folder: Path) -> Any:
     """The noise schedule of a diffusers folder, of the diffusers class `cls`."""
     with building("scheduler", folder, "pretrained"):
-        return cls.from_pretrained(folder, subfolder="scheduler")
+        return cls.from_pretrained(folder, subfolder="scheduler", trust_remote_code=False)
 
 
 def attention() -> str:
@@ -71,7 +81,8 @@ def tokenizer(folder: Path) -> PreTrainedTokenizerBase:
         # tokenizer.json says all; AutoTokenizer would go by the model type beside it and, for a Qwen2 with
         # words of its own, quietly build another tokenizer from the same file.
         whole = (folder / "tokenizer.json").exists()
-        loaded: PreTrainedTokenizerBase = (PreTrainedTokenizerFast if whole else AutoTokenizer).from_pretrained(folder)
+        kind = PreTrainedTokenizerFast if whole else AutoTokenizer
+        loaded: PreTrainedTokenizerBase = kind.from_pretrained(folder, trust_remote_code=False)
         return loaded
 
 
@@ -84,11 +95,15 @@ def text_encoder(cls: Any, settings_cls: Any, folder: Path, name: str, weights: 
     """The text encoder `name` of a diffusers folder, of the transformers class `cls`, in float32."""
     with building(name, folder, weights):
         if weights == "random":
-            settings = settings_cls.from_pretrained(folder / name)
+            settings = settings_cls.from_pretrained(folder / name, trust_remote_code=False)
             settings._attn_implementation = attention()
             # A configuration also carries the dtype its weights were shipped in: without `float` new weights would
             # be made in half precision.
             return cls(settings).float().eval()
         return cls.from_pretrained(
-            folder / name, use_safetensors=True, dtype=torch.float32, attn_implementation=attention()
+            folder / name,
+            use_safetensors=True,
+            dtype=torch.float32,
+            attn_implementation=attention(),
+            trust_remote_code=False,
         ).eval()

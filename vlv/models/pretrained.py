@@ -27,6 +27,7 @@ from vlv.models.conditioners.base import Conditioner
 from vlv.models.decoders.base import Decoder
 from vlv.models.encoder import CaptionEncoder, Projection
 from vlv.models.loading import PretrainedError
+from vlv.preprocessing import Preprocessing
 
 # What the text side expects at its input ("embedding") and gives at its output ("context"): mean and spread of
 # each position, each (T, W). Shipped with a teacher, made from text alone.
@@ -71,18 +72,27 @@ def text_statistics(section: config.Decoder, paths: Paths, queries: int) -> tupl
 
 
 def encoder(
-    section: config.Encoder, width: int, paths: Paths, statistics: tuple[torch.Tensor, torch.Tensor] | None
+    section: config.Encoder,
+    preprocessing: Preprocessing,
+    width: int,
+    paths: Paths,
+    statistics: tuple[torch.Tensor, torch.Tensor] | None,
 ) -> CaptionEncoder:
     """Florence-2 with new queries and a new projection to `width`; draws from torch's global generator."""
     folder = folder_of(section, paths)
+    attention = "eager" if section.dropout else loading.attention()  # a fused kernel draws its own masks
     with loading.building("encoder", folder, section.weights):
         if section.weights == "random":
-            settings = Florence2Config.from_pretrained(folder)
-            settings._attn_implementation = loading.attention()
+            settings = Florence2Config.from_pretrained(folder, trust_remote_code=False)
+            settings._attn_implementation = attention
             florence = Florence2ForConditionalGeneration(settings).float()
         else:
             florence = Florence2ForConditionalGeneration.from_pretrained(
-                folder, use_safetensors=True, dtype=torch.float32, attn_implementation=loading.attention()
+                folder,
+                use_safetensors=True,
+                dtype=torch.float32,
+                attn_implementation=attention,
+                trust_remote_code=False,
             )
     words = loading.tokenizer(folder) if section.prompt else None
     mean, std = encoders.processor_statistics(folder)
@@ -90,8 +100,9 @@ def encoder(
         florence.config.text_config.d_model, section.projection_width, width, statistics, section.start_gain
     )
     return CaptionEncoder(
-        florence.eval(), encoders.tokenize_prompt(words, section.prompt), section.image_size, mean, std,
-        queries=section.queries, projection=projection,
+        florence.eval(), encoders.tokenize_prompt(words, section.prompt), preprocessing, mean, std,
+        queries=section.queries, projection=projection, query_std=section.query_std, drop_rate=section.dropout,
+        drop_path=section.drop_path,
     )  # fmt: skip
 
 
@@ -109,11 +120,17 @@ def language_model_alone(section: config.LanguageModel, paths: Paths) -> PreTrai
     folder = folder_of(section, paths)
     with loading.building("language model", folder, section.weights):
         if section.weights == "random":
-            settings = AutoConfig.from_pretrained(folder)
-            model = AutoModelForCausalLM.from_config(settings, attn_implementation=loading.attention()).float()
+            settings = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+            model = AutoModelForCausalLM.from_config(
+                settings, attn_implementation=loading.attention(), trust_remote_code=False
+            ).float()
         else:
             model = AutoModelForCausalLM.from_pretrained(
-                folder, use_safetensors=True, dtype=torch.float32, attn_implementation=loading.attention()
+                folder,
+                use_safetensors=True,
+                dtype=torch.float32,
+                attn_implementation=loading.attention(),
+                trust_remote_code=False,
             )
     built: PreTrainedModel = model.eval()
     return built

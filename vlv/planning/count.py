@@ -1,6 +1,7 @@
 """What each stage costs, counted on stand-ins: by module, and the most memory a step takes at once."""
 
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 
 import torch
@@ -53,12 +54,14 @@ class Stage:
     """A stage, counted.
 
     Attributes:
-        modules: in the order they run; a sample is one image with its draws (Stage 1), one pair (Stage 2).
+        modules: in the order they run; a sample is one image with its draws (Stage 1), one pair (Stage 2). Empty
+            where only the memory was asked for.
         settings: the stage's section of the configuration.
         samples: encoded images or pairs in one optimizer step, over all processes.
         weights: bytes of all parameters and buffers on a GPU. learning: parameters that learn.
         live: the most bytes that a step (forward and backward) holds at once beside weights and optimizer. Exact at
-            the micro-batch that was asked for and at half of it; a line between and beyond.
+            the micro-batch that was asked for and at half of it; a line between and beyond. Without `modules` it is
+            known at that micro-batch alone.
     """
 
     name: str
@@ -86,11 +89,19 @@ class Stage:
 
 
 def stage1(
-    settings: Config, paths: Paths, target: Target, micro: int = 1, recompute: Sequence[str] | None = None
+    settings: Config,
+    paths: Paths,
+    target: Target,
+    micro: int = 1,
+    recompute: Sequence[str] | None = None,
+    *,
+    by_module: bool = True,
 ) -> Stage:
     """Count Stage 1 for a micro-batch of `micro` samples.
 
-    `recompute` names the modules that are computed twice (None: as configured).
+    Args:
+        recompute: names the modules that are computed twice (None: as configured).
+        by_module: False measures the memory of the step only, in a third of the time.
     """
     s = settings.stage1
     prepared = [n for n, cached in ((steps.VAE, s.cache_latents), (steps.TOWER, s.cache_features)) if cached]
@@ -107,12 +118,23 @@ def stage1(
     subject = _Subject(
         step, mode, prepared, [model], lambda: models.recompute_autoencoder(model, target, s.precision)
     )  # fmt: skip
-    modules, live = _measure(subject, target, s, micro, recompute)
+    modules, live = _measure(subject, target, s, micro, recompute) if by_module else _live(subject, target, s, micro)
     return Stage("stage1", modules, s, s.batch_size // s.draws_per_image, _bytes([model]), _learning([model]), live)
 
 
-def stage2(settings: Config, paths: Paths, target: Target, micro: int = 1, caption_tokens: int | None = None) -> Stage:
-    """Count Stage 2 with captions of `caption_tokens` (None: the longest that the configuration allows)."""
+def stage2(
+    settings: Config,
+    paths: Paths,
+    target: Target,
+    micro: int = 1,
+    caption_tokens: int | None = None,
+    *,
+    by_module: bool = True,
+) -> Stage:
+    """Count Stage 2 with captions of `caption_tokens` (None: the longest that the configuration allows).
+
+    `by_module`: as in `stage1`.
+    """
     s = settings.stage2
     recompute = RECOMPUTED if s.gradient_checkpointing else ()
     mode = FakeTensorMode(allow_non_fake_inputs=True)
@@ -135,7 +157,7 @@ def stage2(settings: Config, paths: Paths, target: Target, micro: int = 1, capti
             models.recompute_encoder(whole, target, s.precision)
 
     subject = _Subject(step, mode, prepared, [whole, prefix, language_model], redo)
-    modules, live = _measure(subject, target, s, micro, recompute)
+    modules, live = _measure(subject, target, s, micro, recompute) if by_module else _live(subject, target, s, micro)
     held = [whole.encoder, whole.decoder.conditioner, prefix, language_model]
     return Stage("stage2", modules, s, s.batch_size, _bytes(held), _learning(held), live)
 
@@ -164,16 +186,8 @@ def _measure(
             subject.step(samples, counter)
     if settings.gradient_checkpointing:
         subject.redo()
-    peaks = []
-    for samples in sorted({micro, (micro + 1) // 2} if micro > 1 else {1, 2}):
-        with subject.mode, LiveBytes() as live:
-            with on_target(target, settings.precision):
-                loss = subject.step(samples, _Cached(counters[0]))
-            loss.backward()
-            peaks.append((samples, live.peak))
-            del loss
-        for module in subject.learners:
-            module.zero_grad()
+    two_sizes = sorted({micro, (micro + 1) // 2} if micro > 1 else {1, 2})
+    peaks = [(samples, _peak(subject, target, settings, samples, counters[0].outputs)) for samples in two_sizes]
     modules = [
         Module(
             one,
@@ -185,15 +199,50 @@ def _measure(
     return modules, Line.through(*peaks)
 
 
-class _Cached:
-    """A `Recorder` that runs the step as it is, with the prepared modules' outputs there already."""
+class _AllPrepared(Exception):
+    """What is prepared comes first in a step, and all of it has been seen."""
 
-    def __init__(self, counter: Counter) -> None:
-        self._counter = counter
+
+def _live(subject: _Subject, target: Target, settings: Training, micro: int) -> tuple[list[Module], Line]:
+    """The memory of a step of `micro` samples, and no modules."""
+    outputs: dict[str, torch.Tensor] = {}
+
+    def record(name: str, parts: Parts, run: Run, *inputs: torch.Tensor) -> torch.Tensor:
+        if len(outputs) == len(subject.prepared):
+            raise _AllPrepared
+        output = run(*inputs)
+        if name in subject.prepared:
+            outputs[name] = output
+        return output
+
+    with torch.no_grad(), subject.mode, on_target(target, settings.precision), suppress(_AllPrepared):
+        subject.step(1, record)
+    if settings.gradient_checkpointing:
+        subject.redo()
+    return [], Line(_peak(subject, target, settings, micro, outputs), 0)
+
+
+def _peak(subject: _Subject, target: Target, settings: Training, samples: int, outputs: dict[str, torch.Tensor]) -> int:
+    """The most bytes that a step of `samples` (forward and backward) holds at once."""
+    with subject.mode, LiveBytes() as live:
+        with on_target(target, settings.precision):
+            loss = subject.step(samples, _Cached(outputs))
+        loss.backward()
+        del loss
+    for module in subject.learners:
+        module.zero_grad()
+    return live.peak
+
+
+class _Cached:
+    """A `Recorder` that runs the step as it is, with the prepared modules' outputs (of one sample) there already."""
+
+    def __init__(self, outputs: dict[str, torch.Tensor]) -> None:
+        self._outputs = outputs
 
     def __call__(self, name: str, parts: Parts, run: Run, *inputs: torch.Tensor) -> torch.Tensor:
-        if name in self._counter.outputs:
-            cached = self._counter.outputs[name]  # of one sample
+        if name in self._outputs:
+            cached = self._outputs[name]
             return torch.empty(len(inputs[0]), *cached.shape[1:], dtype=cached.dtype)
         return straight(name, parts, run, *inputs)
 

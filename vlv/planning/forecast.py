@@ -28,7 +28,7 @@ class Machine:
 
     gpu: Gpu
     count: int
-    utilisation: float
+    utilisation: float = 0.35
     price: float | None = None
     sharding: Sharding = "none"
     tf32: bool = False

@@ -57,7 +57,8 @@ def autoencoder(
         model = Autoencoder.build(without_weights(settings), paths)
         set_prompt(model.encoder, settings.encoder.prompt)
     if isinstance(training, Stage1) or settings.stage2.learn == "mlp+llm+encoder":
-        model.encoder.set_learning(settings.stage1.learn)
+        queries = isinstance(training, Stage1) or settings.stage2.queries_learn
+        model.encoder.set_learning(settings.stage1.learn, queries=queries)
     else:
         model.requires_grad_(False)
     _store_frozen(model, training)

@@ -7,6 +7,7 @@ from rich.table import Table
 
 from vlv.planning.count import Stage
 from vlv.planning.forecast import GIB, Forecast, usable
+from vlv.planning.machines import Fit
 from vlv.planning.rehearsal import Rehearsed
 
 _GIGA = 1e9
@@ -73,6 +74,17 @@ def show(chosen: list[Forecast], others: list[list[Forecast]], console: Console)
         for knob in f.knobs:
             console.print(f"  {f.machine.gpu.name}: {knob}", highlight=False)
         console.print()
+
+
+def show_fits(fits: list[Fit], console: Console) -> None:
+    """Print whether each stage fits, in a line."""
+    for f in fits:
+        m = f.machine
+        console.print(
+            f"{f.stage} on {m.count} x {m.gpu.name}, sharding {m.sharding}: {f.micro_batch} at a time, peak "
+            f"{f.peak / GIB:.1f} of {f.usable / GIB:.1f} GiB: {'fits' if f.fits else 'does not fit'}",
+            highlight=False,
+        )
 
 
 def as_json(f: Forecast) -> dict[str, Any]:

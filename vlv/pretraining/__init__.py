@@ -38,7 +38,7 @@ def run(part: str, paths: Paths) -> dict[str, float]:
     """
     if part not in PARTS:
         raise ValueError(f"There is no part {part!r}; there are: {', '.join(PARTS)}")
-    text_of = (paths.root / "configs" / "tiny.yaml").read_text(encoding="utf-8")
+    text_of = files.read_text(paths.root / "configs" / "tiny.yaml")
     source = config.parse(text_of, "configs/tiny.yaml").data.source
     if not isinstance(source, ScenesSource):
         raise config.ConfigError("configs/tiny.yaml: data.source must be scenes")

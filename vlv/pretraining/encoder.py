@@ -18,6 +18,7 @@ from transformers.models.florence2.configuration_florence2 import Florence2Visio
 from vlv import scenes
 from vlv.config import Optimizer, Training
 from vlv.models.encoder import CaptionEncoder, Projection
+from vlv.preprocessing import Preprocessing
 from vlv.pretraining import text
 from vlv.pretraining.scene_pool import Pool, indices
 from vlv.training import loop
@@ -72,7 +73,8 @@ class _Detection(nn.Module):
         super().__init__()
         self.florence = florence
         # Only its features and encode are used here; queries and projection belong to Stage 1.
-        encoder = CaptionEncoder(florence, [], scenes.SIZE, MEAN, STD, queries=1, projection=Projection(WIDTH, 1, 1))
+        as_drawn = Preprocessing(scenes.SIZE, "bicubic", scenes.SIZE)
+        encoder = CaptionEncoder(florence, [], as_drawn, MEAN, STD, queries=1, projection=Projection(WIDTH, 1, 1))
         self._encoder = [encoder]
         self.cells = nn.Linear(WIDTH * 9, len(scenes.NAMES) + 1)
         self.background = nn.Linear(WIDTH, len(scenes.COLOURS))

@@ -3,7 +3,6 @@
 Each answers with sentences that say what is wrong; no sentence means passed.
 """
 
-import json
 import subprocess
 import sys
 import tempfile
@@ -11,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from vlv import files
 from vlv.registry.policy import Figures, Policy, below_thresholds, worse_than_champion
 
 SERVING_SECONDS = 900  # loading a large model from a remote store included
@@ -71,7 +71,7 @@ def serving(policy: Policy, candidate: Candidate) -> list[str]:
         example = folder / "serving_input_example.json"
         if not example.exists():
             return ["the version has no input example"]
-        rows = len(json.loads(example.read_text("utf-8"))["dataframe_split"]["data"])
+        rows = len(files.read_json(example)["dataframe_split"]["data"])
         output = Path(scratch) / "predictions.json"
         command = [sys.executable, "-m", "mlflow", "models", "predict", "--env-manager", "local"]
         command += ["-m", str(folder), "-i", str(example), "-t", "json", "-o", str(output)]
@@ -89,7 +89,7 @@ def serving(policy: Policy, candidate: Candidate) -> list[str]:
         if result.returncode != 0 or not output.exists():
             reason = "; ".join(line for line in result.stderr.strip().splitlines()[-2:] if line.strip())
             return [f"it does not predict on its input example: {reason or 'no message'}"]
-        predictions = json.loads(output.read_text("utf-8")).get("predictions", [])
+        predictions = files.read_json_object(output).get("predictions", [])
     if len(predictions) != rows:
         return [f"it gives {len(predictions)} predictions for the {rows} rows of its input example"]
     return []

@@ -4,8 +4,6 @@ import os
 import subprocess
 from pathlib import Path
 
-import yaml
-
 from vlv import files
 from vlv.config import Paths
 
@@ -75,10 +73,8 @@ def _data_md5(pointer: Path) -> str:
 
 
 def _yaml(path: Path) -> dict[str, object]:
-    value = yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else None
-    return value if isinstance(value, dict) else {}
+    return files.read_yaml_mapping(path) if path.is_file() else {}
 
 
 def _json(path: Path) -> dict[str, object]:
-    value = files.read_json(path) if path.is_file() else None
-    return value if isinstance(value, dict) else {}
+    return files.read_json_object(path) if path.is_file() else {}

@@ -6,9 +6,9 @@ Figures are those of metrics/evaluate.json under dotted keys ("scenes.exact_matc
 from collections.abc import Mapping
 from typing import Literal
 
-import yaml
 from pydantic import Field, TypeAdapter, ValidationError, model_validator
 
+from vlv import files
 from vlv.config import Paths, Section
 
 Gate = Literal["thresholds", "champion", "data", "serving", "git"]
@@ -79,9 +79,9 @@ def load_policy(paths: Paths, profile: str) -> Policy:
     if not path.exists():
         raise PolicyError(f"{path} does not exist. Restore it from git: it says what a champion must show.")
     try:
-        sections = TypeAdapter(dict[str, Policy]).validate_python(yaml.safe_load(path.read_text("utf-8")))
-    except yaml.YAMLError as error:
-        raise PolicyError(f"{path} is not valid YAML: {error}") from error
+        sections = TypeAdapter(dict[str, Policy]).validate_python(files.read_yaml_mapping(path, "Correct it."))
+    except files.FileError as error:
+        raise PolicyError(str(error)) from error
     except ValidationError as error:
         lines = [f"  {'.'.join(map(str, one['loc'])) or '(whole file)'}: {one['msg']}" for one in error.errors()]
         raise PolicyError(f"{path} has {len(lines)} error(s):\n" + "\n".join(lines)) from error

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Literal
 
 import filelock
 
-from vlv import tracking
+from vlv import files, tracking
 from vlv.config import Paths
 from vlv.registry.gates import GATES, Candidate
 from vlv.registry.policy import load_policy
@@ -218,7 +218,11 @@ def _move(client: "MlflowClient", entry: HistoryEntry) -> None:
 
 def _history(client: "MlflowClient", name: str) -> list[HistoryEntry]:
     tags = client.get_registered_model(name).tags
-    return [HistoryEntry(**json.loads(tags[key])) for key in sorted(tags) if key.startswith(_HISTORY)]
+    return [
+        HistoryEntry(**files.parse_json(tags[key], f"the tag {key} of {name}"))
+        for key in sorted(tags)
+        if key.startswith(_HISTORY)
+    ]
 
 
 def _champions(entries: list[HistoryEntry]) -> list[int]:

@@ -82,7 +82,7 @@ def register(
         RegistryError: MLflow does not answer or refuses.
     """
     uri = tracking.prepare(paths)
-    figures = numbers(files.read_json(evaluation))
+    figures = numbers(files.read_json_object(evaluation))
     with explained(uri), tempfile.TemporaryDirectory() as scratch:
         if run_id is None:
             raise RegistryError("A version needs the MLflow run that made it, and MLflow gave none. Is it up?")

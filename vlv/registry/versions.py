@@ -1,6 +1,5 @@
 """Versions of registered models: their aliases and figures, listing them, fetching their files."""
 
-import json
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,7 +8,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vlv import tracking
+from vlv import files, tracking
 from vlv.config import Paths
 from vlv.tracking import store
 
@@ -90,7 +89,8 @@ def version_with_alias(client: "MlflowClient", name: str, alias: str) -> int | N
 
 def figures_of(one: "ModelVersion") -> dict[str, float]:
     """A version's figures, dotted key -> number."""
-    return {str(key): float(value) for key, value in json.loads(one.tags.get(FIGURES_TAG, "{}")).items()}
+    tagged = files.parse_json(one.tags.get(FIGURES_TAG, "{}"), f"the tag {FIGURES_TAG} of {one.name}")
+    return {str(key): float(value) for key, value in tagged.items()}
 
 
 def numbers(value: Any, prefix: str = "") -> dict[str, float]:

@@ -25,7 +25,7 @@ class AutoencoderModel(PythonModel):
 
         chosen = {"steps": 50, "guidance": 2.0, "seed": 42, **(params or {})}
         rows = enumerate(model_input["image"])
-        pictures = [images.decode(base64.b64decode(text), f"row {row}") for row, text in rows]
+        pictures = [images.decode_base64(text, f"row {row}") for row, text in rows]
         drawn = self.autoencoder.reconstruct(
             pictures,
             steps=int(chosen["steps"]),

@@ -1,6 +1,5 @@
 """How MLflow serves a captioner: column "image" (base64 of any image file) -> column "caption"."""
 
-import base64
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +23,7 @@ class CaptionerModel(PythonModel):
         from vlv import images
 
         rows = enumerate(model_input["image"])
-        pictures = [images.decode(base64.b64decode(text), f"row {row}") for row, text in rows]
+        pictures = [images.decode_base64(text, f"row {row}") for row, text in rows]
         return pd.DataFrame({"caption": self.captioner.caption(pictures)})
 
 

@@ -11,7 +11,7 @@ import sys
 from typing import Any
 
 from vlv import config, files
-from vlv.config import Config, Paths
+from vlv.config import Paths
 
 NAMES = ["inputs", "validate", "stage1", "stage2", "evaluate", "register"]
 _TRAININGS = {"stage1", "stage2"}
@@ -29,8 +29,9 @@ def run(stage: str, paths: Paths) -> dict[str, Any]:
     settings = config.load(paths)
     from vlv.training import workers
 
-    if stage in _TRAININGS and settings.compute.launch and not workers.inside():
-        return _run_in_workers(stage, settings, settings.compute.launch, paths)
+    launch = settings.compute.launch_of(stage) if stage in _TRAININGS else None
+    if launch and not workers.inside():
+        return _run_in_workers(stage, launch, paths)
     # Imported on demand: torch and its friends take seconds, and no stage needs all of them.
     with workers.reporting():
         module = importlib.import_module(f"vlv.stages.{stage}")
@@ -38,9 +39,8 @@ def run(stage: str, paths: Paths) -> dict[str, Any]:
     return result
 
 
-def _run_in_workers(stage: str, settings: Config, launch: str, paths: Paths) -> dict[str, Any]:
+def _run_in_workers(stage: str, launch: str, paths: Paths) -> dict[str, Any]:
     from vlv.training import workers
 
     workers.run([sys.executable, "-m", "vlv", "run", stage], paths.root / launch, paths.root, dict(os.environ))
-    figures: dict[str, Any] = files.read_json(paths.metrics / f"{stage}.json")
-    return figures
+    return files.read_json_object(paths.metrics / f"{stage}.json")

@@ -134,9 +134,8 @@ def _write_without_image(settings: Config, paths: Paths, count: int) -> list[str
 def _untrained_floor(settings: Config, paths: Paths, test: TestSet) -> dict[str, Any]:
     """Stage 2, same budget, on an auto-encoder that Stage 1 never trained."""
     untrained = Autoencoder.build(settings, paths).eval()
-    fingerprint = files.sha256_bytes(
-        (lineage.fingerprint_of(untrained.encoder) + settings.stage2.model_dump_json()).encode()
-    )
+    origin = lineage.origin("evaluate", settings, paths)
+    fingerprint = files.sha256_bytes((lineage.fingerprint_of(untrained.encoder) + origin.input_hash).encode())
     folder = paths.work / "evaluate" / f"untrained-{fingerprint[:12]}"
     captioner, _ = stage2.train_captioner(
         settings, paths, untrained.encoder, folder, fingerprint, lambda step, values: None, "Floor: untrained Stage 1"
@@ -239,7 +238,7 @@ def _write_pictures(
         for key, text, true in zip(test.keys, written, test.captions, strict=True)
     ]
     files.write_json(folder / "captions.json", captions)
-    result = files.read_json(paths.metrics / "evaluate.json")
+    result = files.read_json_object(paths.metrics / "evaluate.json")
     if "scenes" in result:
         groups = {"captions": result["scenes"], **result["scenes"]["floors"]}
         unlearned = [key for key in result["not_better_than_shuffled"] if key.startswith("scenes.")]

@@ -1,6 +1,7 @@
 """What a result is made from, as hashes: code and settings of a stage, content of a pretrained part."""
 
 import json
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from vlv import assets, closure, config, files
@@ -10,11 +11,12 @@ if TYPE_CHECKING:
     import torch
 
 # What each stage reads of the configuration. tests/test_closure.py holds dvc.yaml to it.
+_BUILT = ["data.image_size", "data.resize", "decoder", "encoder"]
 SETTINGS = {
     "validate": ["data"],
-    "stage1": ["data.image_size", "decoder", "encoder", "stage1"],
-    "stage2": ["data.image_size", "decoder", "encoder", "language_model", "stage1", "stage2"],
-    "evaluate": ["data.image_size", "decoder", "encoder", "evaluate", "language_model", "profile", "stage1", "stage2"],
+    "stage1": [*_BUILT, "stage1"],
+    "stage2": [*_BUILT, "language_model", "stage1", "stage2"],
+    "evaluate": [*_BUILT, "language_model", "profile", "stage1", "stage2", "evaluate"],
     "register": ["profile", "register"],
 }
 # How a step is computed, not what: a stopped training may go on with another choice.
@@ -87,10 +89,38 @@ def identity(part: config.Encoder | config.Decoder | config.LanguageModel, paths
     return f"{part.weights}:{assets.content(reference, paths)}"
 
 
-def fingerprint(stage: str, settings: Config, paths: Paths) -> str:
-    """Everything that decides a training: its code, settings, parts and data, and Stage 1's model for Stage 2."""
+@dataclass(frozen=True)
+class Origin:
+    """What decides a training.
+
+    Attributes:
+        code: hashes of the code by module.
+        rest: one hash of settings, pretrained parts and data, and of Stage 1's model for Stage 2.
+    """
+
+    code: dict[str, str]
+    rest: str
+
+    @property
+    def input_hash(self) -> str:
+        """One hash of all of it."""
+        return files.sha256_bytes(json.dumps([self.code, self.rest], sort_keys=True).encode())
+
+
+def origin(stage: str, settings: Config, paths: Paths) -> Origin:
+    """What decides the training of a stage.
+
+    Raises:
+        ConfigError: Stage 2, and Stage 1 has left no model.
+    """
     chosen: dict[str, Any] = inputs(stage, settings, paths)
+    code = chosen.pop("code")
     chosen["manifest"] = files.sha256_file(paths.data / "manifest.json")
     if stage == "stage2":
-        chosen["stage1_weights"] = files.sha256_file(paths.work / "stage1" / "model" / "model.safetensors")
-    return files.sha256_bytes(json.dumps(chosen, sort_keys=True).encode())
+        weights = paths.work / "stage1" / "model" / "model.safetensors"
+        if not weights.exists():
+            raise config.ConfigError(
+                f"{weights} does not exist: Stage 2 begins with it. Train it with: dvc repro stage1"
+            )
+        chosen["stage1_weights"] = files.sha256_file(weights)
+    return Origin(code, files.sha256_bytes(json.dumps(chosen, sort_keys=True).encode()))

@@ -1,5 +1,6 @@
 """What a training stage leaves besides its model: curve, figures, plot, and its MLflow run."""
 
+import math
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -10,6 +11,8 @@ from vlv import files, tracking
 from vlv.config import Config, Paths, Training
 from vlv.data import shards
 from vlv.evaluation import report
+from vlv.stages import adoption
+from vlv.stages.lineage import Origin
 from vlv.tracking.mirror import mirrored
 from vlv.tracking.run import flatten
 from vlv.training import ledger, runtime
@@ -20,16 +23,16 @@ class Record:
 
     Attributes:
         model: the finished model's folder (a DVC output).
-        training: checkpoints and curve of this very training (its fingerprint is in the name, so that
-            another configuration starts anew); removed when the stage is finished.
+        training: checkpoints and curve of this very training (its input hash is in the name, so that other settings
+            or other code start anew); removed when the stage is finished.
         figures: what goes to metrics/STAGE.json.
     """
 
-    def __init__(self, stage: str, paths: Paths, fingerprint: str) -> None:
-        self.stage, self.paths = stage, paths
+    def __init__(self, stage: str, paths: Paths, origin: Origin) -> None:
+        self.stage, self.paths, self.origin = stage, paths, origin
         self.folder = paths.work / stage
         self.model = self.folder / "model"
-        self.training = self.folder / f"training-{fingerprint[:12]}"
+        self.training = self.folder / f"training-{origin.input_hash[:12]}"
         self.figures: dict[str, Any] = {}
 
     def result(self) -> dict[str, Any]:
@@ -67,15 +70,16 @@ def training_record(
             run.log_metrics(values, step)
             mirror.log(values, step)
 
+        adopted = adoption.begin(record.training, record.origin)
         yield on_log
-        # A resumed training may have logged some steps twice: the last word counts.
-        rows = list({row["step"]: row for row in files.read_json_lines(curve)}.values())
+        rows = _rows(curve, run)
         last = rows[-max(1, len(rows) // 20) :]
         seconds = sum(training.log_every * training.batch_size / row["samples_per_second"] for row in rows)
+        record.figures |= {"adopted": adopted} if adopted else {}
         record.figures |= {
             "steps": training.steps,
             "samples": training.steps * training.batch_size,
-            "final_loss": round(sum(row["loss"] for row in last) / len(last), 5),
+            "final_loss": round(sum(row["loss"] for row in last) / len(last), 5) if last else None,
             "training_seconds": round(seconds, 1),
             "cost": ledger.costs(record.training, settings.compute),
         }
@@ -84,10 +88,26 @@ def training_record(
         report.plot_curve(rows, record.stage, record.paths.plots / f"{record.stage}.png")
         run.log_artifact(record.paths.plots / f"{record.stage}.png")
         run.log_artifact(record.model)
-        numbers = {k: float(v) for k, v in flatten(record.figures).items() if v is not None}
+        numbers = {k: float(v) for k, v in flatten(record.figures).items() if isinstance(v, int | float)}
         run.log_metrics(numbers, training.steps)
     for old in record.folder.glob("training-*"):
         shutil.rmtree(old)
+
+
+def _rows(curve: Path, run: tracking.Run) -> list[dict[str, float]]:
+    """The curve by step. A resumed training may have logged some steps twice: the last word counts.
+
+    Lines that a kill or a bad disk took from the file come from the run's journal, which has the same points.
+    """
+    keys = ("loss", "learning_rate", "samples_per_second")
+
+    def is_point(row: dict[str, Any]) -> bool:
+        numbers = all(isinstance(row.get(key), float) and math.isfinite(row[key]) for key in keys)
+        return numbers and isinstance(row.get("step"), int) and row["samples_per_second"] > 0
+
+    points: dict[int, dict[str, float]] = {step: {"step": step, **rest} for step, rest in run.curve(keys).items()}
+    points |= {row["step"]: row for row in files.read_json_lines(curve, is_point)}
+    return [points[step] for step in sorted(points)]
 
 
 def log_data(run: tracking.Run, paths: Paths) -> None:

@@ -28,10 +28,10 @@ def run(settings: Config, paths: Paths) -> dict[str, Any]:
             extra = batch.extra
             yield Stage1Batch(batch.images, extra.get("features"), extra.get("latent_mean"), extra.get("latent_spread"))
 
-    fingerprint = lineage.fingerprint("stage1", settings, paths)
-    record = Record("stage1", paths, fingerprint)
+    origin = lineage.origin("stage1", settings, paths)
+    record = Record("stage1", paths, origin)
     with training_record(record, settings, settings.stage1) as on_log:
-        loop.train(model, batches, settings.stage1, record.training, fingerprint, on_log, "Stage 1")
+        loop.train(model, batches, settings.stage1, record.training, origin.rest, on_log, "Stage 1")
         if runtime.is_main():
             model.save(record.model, settings, paths, report.card("autoencoder", settings))
     return record.result()

@@ -24,10 +24,10 @@ _MEASURED = 2000  # samples that a context's mean and spread are taken from wher
 def run(settings: Config, paths: Paths) -> dict[str, Any]:
     """Train on the training pairs."""
     trained = Autoencoder.load(paths.work / "stage1" / "model", paths).encoder  # its decoder takes no part
-    fingerprint = lineage.fingerprint("stage2", settings, paths)
-    record = Record("stage2", paths, fingerprint)
+    origin = lineage.origin("stage2", settings, paths)
+    record = Record("stage2", paths, origin)
     with training_record(record, settings, settings.stage2) as on_log:
-        captioner, cut = train_captioner(settings, paths, trained, record.training, fingerprint, on_log, "Stage 2")
+        captioner, cut = train_captioner(settings, paths, trained, record.training, origin.rest, on_log, "Stage 2")
         record.figures["captions_cut"] = cut
         if runtime.is_main():
             captioner.save(record.model, settings, paths, report.card("captioner", settings))
@@ -48,7 +48,7 @@ def train_captioner(
     device = runtime.join(settings.compute.patience_minutes)
     captioner = Captioner.build(settings, paths)
     captioner.encoder.load_state_dict(encoder.state_dict())
-    captioner.set_learning(s.learn, settings.stage1.learn)
+    captioner.choose(settings)
     captioner.to(device)
     loader = _loader(settings, paths, captioner)
     cut = 0

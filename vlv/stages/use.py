@@ -1,10 +1,10 @@
 """Using what was trained: caption a folder of images, reconstruct a folder of images."""
 
-import json
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from vlv import config, files, images, registry
 from vlv.config import Paths
@@ -16,7 +16,6 @@ from vlv.progress import meter
 
 log = logging.getLogger(__name__)
 
-_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 _TOGETHER = 16
 
 
@@ -26,10 +25,23 @@ class NoImagesError(ValueError):
 
 @dataclass
 class Report:
-    """How many images were done (in this run and an earlier one), and why others were not: path -> reason."""
+    """How many images were done (in this run and an earlier one), and why others were not: name -> reason.
 
+    `failures`: the file that lists the others too, made only if there are any.
+    """
+
+    failures: Path
     done: int = 0
     failed: dict[str, str] = field(default_factory=dict)
+
+    def write(self) -> None:
+        """Write `failures`, or remove what an earlier run left there."""
+        if self.failed:
+            files.write_json_lines(
+                self.failures, ({"image": name, "reason": reason} for name, reason in self.failed.items())
+            )
+        else:
+            self.failures.unlink(missing_ok=True)
 
 
 def model_folder(paths: Paths, model: str | None, stage: str) -> Path:
@@ -59,43 +71,107 @@ def find_images(folder: Path) -> list[Path]:
     """
     if not folder.exists():
         raise NoImagesError(f"{folder} does not exist")
-    found = [folder] if folder.is_file() else sorted(p for p in folder.rglob("*") if p.suffix.lower() in _SUFFIXES)
+    if folder.is_file():
+        return [folder]
+    found = sorted(path for path in folder.rglob("*") if path.suffix.lower() in images.SUFFIXES)
     if not found:
-        raise NoImagesError(f"{folder} holds no image ({', '.join(sorted(_SUFFIXES))})")
+        raise NoImagesError(f"{folder} holds no image ({', '.join(sorted(images.SUFFIXES))})")
     return found
 
 
-def _readable(found: list[Path], unreadable: dict[str, str]) -> Iterator[tuple[Path, images.Pixels]]:
-    for path in found:
+def _readable(found: dict[str, Path], unreadable: dict[str, str]) -> Iterator[tuple[str, images.Pixels]]:
+    for name, path in found.items():
         try:
-            yield path, images.decode(path.read_bytes(), str(path))
+            yield name, images.decode(path.read_bytes(), name)
         except (images.ImageError, OSError) as error:
-            unreadable[str(path)] = str(error).removeprefix(f"{path}: ")
+            unreadable[name] = str(error).removeprefix(f"{name}: ")
 
 
-def caption_folder(paths: Paths, folder: Path, output: Path, model: str | None = None) -> Report:
+def _named(folder: Path) -> dict[str, Path]:
+    """The images of a folder by their names in it.
+
+    A name that is not UTF-8 is what Python makes of its bytes (`os.fsdecode`); JSON holds it, escaped.
+    """
+    root = folder if folder.is_dir() else folder.parent
+    return {path.relative_to(root).as_posix(): path for path in find_images(folder)}
+
+
+class _Captions:
+    """Captions on their way: a file of JSON lines, so that a killed run goes on where it was, and one in which some
+    images failed tries those again.
+
+    A caption counts as long as its image file is the same, and if it was written in the same way (`how`).
+    """
+
+    def __init__(self, path: Path, how: dict[str, Any], found: dict[str, Path]) -> None:
+        self._path, self._found = path, found
+        rows = files.read_json_lines(path, _is_row)
+        before = rows[0].get("how") if rows else None
+        if before != how:
+            if before is not None:
+                log.info("%s holds captions of another model; beginning anew", path)
+            path.unlink(missing_ok=True)
+            files.append_json_line(path, {"how": how})
+            rows = []
+        known = {row["image"]: row for row in rows if "image" in row}
+        self.done: dict[str, str] = {
+            name: known[name]["caption"]
+            for name, image in found.items()
+            if name in known and known[name]["file"] == _stamp(image)
+        }
+
+    def add(self, name: str, caption: str) -> None:
+        """Write a caption through to the disk."""
+        row = {"image": name, "caption": caption, "file": _stamp(self._found[name])}
+        files.append_json_line(self._path, row)
+        self.done[name] = caption
+
+    def remove(self) -> None:
+        """Forget them: they are all where they should be."""
+        self._path.unlink(missing_ok=True)
+
+
+def _is_row(row: dict[str, Any]) -> bool:
+    is_caption = isinstance(row.get("image"), str) and isinstance(row.get("caption"), str) and "file" in row
+    return is_caption or isinstance(row.get("how"), dict)
+
+
+def _stamp(path: Path) -> list[int]:
+    """Size in bytes and time of modification in nanoseconds; of a file that is gone, nothing."""
+    try:
+        status = path.stat()
+    except OSError:
+        return []
+    return [status.st_size, status.st_mtime_ns]
+
+
+def caption_folder(
+    paths: Paths, folder: Path, output: Path, model: str | None = None, writing: Mapping[str, object] | None = None
+) -> Report:
     """Caption every image; `output` becomes {"image1.jpg": "..."} with names relative to `folder`.
 
-    Captions go to `output`.partial as they are written, so that a killed run goes on where it was.
+    `writing`: keys of `Generation` that replace the saved model's own.
+
+    Captions go to `output`.partial as they are written; it stays until no image is left. Images that cannot be read
+    are listed in `output`.failures.jsonl. Where not one could be captioned `output` stays as it was.
 
     Raises:
         NoImagesError, ModelFolderError, RegistryError: before anything is written.
     """
-    found = find_images(folder)
-    root = folder if folder.is_dir() else folder.parent
-    captioner = Captioner.load(model_folder(paths, model, "stage2"), paths).to(device.for_inference())
-    partial = output.with_name(output.name + ".partial")
-    done: dict[str, str] = {row["image"]: row["caption"] for row in files.read_json_lines(partial)}
-    todo = [path for path in found if path.relative_to(root).as_posix() not in done]
-    report = Report()
-    waiting: list[tuple[Path, images.Pixels]] = []
+    found = _named(folder)
+    chosen = model_folder(paths, model, "stage2")
+    captioner = Captioner.load(chosen, paths).to(device.for_inference())
+    captioner.generation = captioner.generation.model_validate({**captioner.generation.model_dump(), **(writing or {})})
+    how = {"model": files.sha256_folder(chosen), "generation": captioner.generation.model_dump()}
+    captions = _Captions(output.with_name(output.name + ".partial"), how, found)
+    todo = {name: path for name, path in found.items() if name not in captions.done}
+    report = Report(output.with_name(output.name + ".failures.jsonl"))
+    waiting: list[tuple[str, images.Pixels]] = []
 
     def write() -> None:
-        captions = captioner.caption([pixels for _, pixels in waiting])
-        for (path, _), caption in zip(waiting, captions, strict=True):
-            name = path.relative_to(root).as_posix()
-            files.append_json_line(partial, {"image": name, "caption": caption})
-            done[name] = caption
+        written = captioner.caption([pixels for _, pixels in waiting])
+        for (name, _), caption in zip(waiting, written, strict=True):
+            captions.add(name, caption)
         progress.advance(len(waiting))
         waiting.clear()
 
@@ -106,9 +182,12 @@ def caption_folder(paths: Paths, folder: Path, output: Path, model: str | None =
                 write()
         if waiting:
             write()
-    files.write_text(output, json.dumps(dict(sorted(done.items())), indent=2, ensure_ascii=False) + "\n")
-    partial.unlink(missing_ok=True)
-    report.done = len(done)
+    if captions.done:
+        files.write_json(output, dict(sorted(captions.done.items())))
+    report.write()
+    if not (report.failed and captions.done):
+        captions.remove()
+    report.done = len(captions.done)
     return report
 
 
@@ -126,24 +205,23 @@ def reconstruct_folder(
     """Reconstruct every image into `output`: NAME.png, side-by-side/NAME.png and figures.json.
 
     `size` (pixels): side of the pictures that are written; None: what the decoder draws. Seeds count up from
-    `seed` in the images' sorted order.
+    `seed` in the images' sorted order. Images that cannot be read are listed in figures.json and failures.jsonl.
     """
-    found = find_images(folder)
-    root = folder if folder.is_dir() else folder.parent
+    found = _named(folder)
     autoencoder = Autoencoder.load(model_folder(paths, model, "stage1"), paths).to(device.for_inference())
-    side = size or autoencoder.decoder.image_size
-    report = Report()
+    side, seen = size or autoencoder.decoder.image_size, autoencoder.encoder.preprocessing
+    report = Report(output / "failures.jsonl")
     figures: dict[str, float] = {}
     with meter("Reconstructing", len(found)) as progress:
-        for i, (path, pixels) in enumerate(_readable(found, report.failed)):
+        for i, (name, pixels) in enumerate(_readable(found, report.failed)):
             drawn = autoencoder.reconstruct([pixels], steps, guidance, seed + i)[0]
-            drawn, square = images.resize_crop(drawn, side), images.resize_crop(pixels, side)
+            drawn, square = images.resize_crop(drawn, side), images.resize_crop(pixels, side, seen.resize)
             # The suffix stays in the name: a.jpg and a.png are two images.
-            name = path.relative_to(root).as_posix() + ".png"
-            files.write_bytes(output / name, images.encode_png(drawn))
+            target = f"{name}.png"
+            files.write_bytes(output / target, images.encode_png(drawn))
             pair = images.grid([[square, drawn]], tile=max(side, 128))
-            files.write_bytes(output / "side-by-side" / name, images.encode_png(pair))
-            figures[path.relative_to(root).as_posix()] = round(psnr([drawn], [square]), 3)
+            files.write_bytes(output / "side-by-side" / target, images.encode_png(pair))
+            figures[name] = round(psnr([drawn], [square]), 3)
             progress.advance()
     report.done = len(figures)
     result = {
@@ -151,4 +229,5 @@ def reconstruct_folder(
         "psnr": figures, "guidance": guidance, "steps": steps, "seed": seed, "size": side, "failed": report.failed,
     }  # fmt: skip
     files.write_json(output / "figures.json", result)
+    report.write()
     return report

@@ -4,21 +4,23 @@ A folder with `head.json` (how to make the run), `journal.jsonl` (one entry a li
 and how many bytes of the journal are delivered) and `attachments/`. No MLflow in here.
 """
 
-import json
+import logging
 import math
 import os
 import shutil
-import threading
 import time
 import uuid
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import filelock
+from pydantic import TypeAdapter, ValidationError
 
 from vlv import files
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -46,12 +48,12 @@ class Journal:
         self.folder = folder
         self.head = head
         self._lock = lock
-        self._write = threading.Lock()
         self._file = folder / "journal.jsonl"
         self._sent = folder / "sent.json"
-        sent = files.read_json(self._sent) if self._sent.exists() else {}
-        self.run_id: str | None = sent.get("run_id") or head.run_id
-        self.offset: int = sent.get("offset", 0)
+        self.run_id: str | None = head.run_id
+        self.offset = 0
+        if self._sent.exists():
+            self._load_sent()
 
     @staticmethod
     def create(outbox: Path, head: Head) -> "Journal":
@@ -67,25 +69,25 @@ class Journal:
 
         Raises:
             LockHeldError: its writer still lives.
-            FileNotFoundError: it has been delivered and removed.
+            FileNotFoundError: it has been delivered and removed, or its head is damaged.
         """
         if not (folder / "head.json").exists():
             raise FileNotFoundError(folder)
         lock = _locked(folder, wait)
         try:
-            head = Head(**files.read_json(folder / "head.json"))
-            journal = Journal(folder, head, lock)
-            journal._cut_torn_line()
+            return Journal(folder, _read_head(folder / "head.json"), lock)
+        except files.FileError as error:
+            lock.release()
+            # Without its head nobody can make the run. What it was to be told stays for people to read.
+            files.set_aside(folder / "head.json", error, f"the run whose journal is {folder} is not delivered")
+            raise FileNotFoundError(folder) from error
         except BaseException:
             lock.release()
             raise
-        return journal
 
     def append(self, op: str, **values: Any) -> None:
         """Add one entry; it is on disk when this returns. Any thread may call it."""
-        entry = {"op": op, "time": time.time_ns() // 1_000_000, **values}
-        with self._write:
-            files.append_json_line(self._file, entry)
+        files.append_json_line(self._file, {"op": op, "time": time.time_ns() // 1_000_000, **values})
 
     def attach(self, source: Path) -> str:
         """Keep a file or folder as it is now; the answer is its path below the journal's folder.
@@ -117,17 +119,14 @@ class Journal:
 
     def pending(self, most: int = 500) -> list[tuple[dict[str, Any], int]]:
         """The next undelivered entries, each with the offset that says it and all before it are delivered."""
-        if not self._file.exists():
-            return []
         found: list[tuple[dict[str, Any], int]] = []
-        position = self.offset
-        with self._file.open("rb") as file:
-            file.seek(position)
-            for line in file:
-                if not line.endswith(b"\n") or len(found) == most:
-                    break
-                position += len(line)
-                found.append((json.loads(line), position))
+        for entry, end in files.iterate_json_lines(self._file, self.offset):
+            if isinstance(entry, files.FileError) or not _is_entry(entry):
+                log.warning("%s: the entry that ends at byte %d is damaged and is not delivered", self._file, end)
+                continue
+            found.append((entry, end))
+            if len(found) == most:
+                break
         return found
 
     def delivered(self, run_id: str, offset: int) -> None:
@@ -146,13 +145,16 @@ class Journal:
 
     def entries(self) -> list[dict[str, Any]]:
         """All entries from the start."""
-        return files.read_json_lines(self._file)
+        return files.read_json_lines(self._file, _is_entry)
 
     def resumable(self) -> bool:
         """Whether a restart will go on with this run: its resume file still names it."""
         if self.head.resume_file is None or not Path(self.head.resume_file).exists():
             return False
-        return bool(files.read_json(Path(self.head.resume_file)).get("journal") == self.folder.name)
+        try:
+            return bool(files.read_json_object(Path(self.head.resume_file)).get("journal") == self.folder.name)
+        except files.FileError:  # damaged; whoever resumes may still find this journal
+            return True
 
     def release(self) -> None:
         """Give the lock back."""
@@ -165,14 +167,58 @@ class Journal:
         else:
             shutil.rmtree(self.folder, ignore_errors=True)
 
-    def _cut_torn_line(self) -> None:
-        """A kill can leave half a line; appended to, it would spoil the next entry as well."""
-        if not self._file.exists():
-            return
-        data = self._file.read_bytes()
-        whole = data.rfind(b"\n") + 1
-        if whole != len(data):
-            os.truncate(self._file, whole)
+    def _load_sent(self) -> None:
+        """How far MLflow has been told. Where that cannot be known all is told again, which changes nothing there."""
+        try:
+            sent = files.read_json_object(self._sent)
+            run_id, offset = sent.get("run_id"), sent.get("offset")
+            if not isinstance(run_id, str) or not isinstance(offset, int) or not self._is_line_end(offset):
+                raise files.FileError(f"{self._sent} does not fit {self._file.name}.")
+        except files.FileError as error:
+            files.set_aside(self._sent, error, "MLflow is told everything again")
+        else:
+            self.run_id, self.offset = run_id, offset
+
+    def _is_line_end(self, offset: int) -> bool:
+        if offset <= 0 or not self._file.exists():
+            return offset == 0
+        with self._file.open("rb") as file:
+            file.seek(offset - 1)
+            return file.read(1) == b"\n"
+
+
+# What each entry needs besides its time.
+_FIELDS: dict[str, dict[str, type]] = {
+    "metrics": {"step": int, "values": dict},
+    "params": {"values": dict},
+    "tags": {"values": dict},
+    "dataset": {"dataset": dict, "context": str},
+    "artifact": {"kept": str, "to": str},
+    "resume": {},
+    "finish": {"status": str},
+}
+
+
+def _is_entry(entry: Mapping[str, Any]) -> bool:
+    fields = _FIELDS.get(str(entry.get("op")))
+    if fields is None or not isinstance(entry.get("time"), int):
+        return False
+    return all(isinstance(entry.get(name), kind) for name, kind in fields.items())
+
+
+def _read_head(path: Path) -> Head:
+    try:
+        return TypeAdapter(Head).validate_python(files.read_json_object(path))
+    except ValidationError as error:
+        raise files.FileError(f"{path} does not say how to make a run ({error.errors()[0]['msg']}).") from error
+
+
+def resumed_by(folder: Path) -> str | None:
+    """The resume file that a journal's folder names."""
+    try:
+        return _read_head(folder / "head.json").resume_file
+    except files.FileError:
+        return None
 
 
 def journals(outbox: Path) -> list[Path]:
@@ -198,6 +244,15 @@ def last_steps(entries: Iterable[Mapping[str, Any]]) -> dict[str, int]:
             for key in entry["values"]:
                 last[key] = max(entry["step"], last.get(key, entry["step"]))
     return last
+
+
+def curve(entries: Iterable[Mapping[str, Any]], keys: Collection[str]) -> dict[int, dict[str, float]]:
+    """The points of the entries that have all of `keys`, step -> values."""
+    points = {}
+    for entry in entries:
+        if entry["op"] == "metrics" and all(key in entry["values"] for key in keys):
+            points[entry["step"]] = {key: float(entry["values"][key]) for key in keys}
+    return points
 
 
 def _locked(folder: Path, wait: float = 0) -> filelock.BaseFileLock:

@@ -7,15 +7,16 @@ import os
 import re
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from vlv import files
 from vlv.config import Paths
+from vlv.stopping import Stopped
 from vlv.tracking import delivery, outbox, store
-from vlv.tracking.journal import Head, Journal, encode, last_steps, params_given
+from vlv.tracking.journal import Head, Journal, curve, encode, journals, last_steps, params_given, resumed_by
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -124,6 +125,10 @@ class Run:
         """The first step that the curve does not have yet."""
         return self._last.get(clean_key(key), -1) + 1
 
+    def curve(self, keys: Collection[str]) -> dict[int, dict[str, float]]:
+        """The points logged so far, step -> values, where all of `keys` were logged together."""
+        return curve(self._journal.entries(), keys)
+
     def _end(self, status: Status) -> None:
         """Journal the end; metrics that another thread logs after it are dropped."""
         with self._order:
@@ -142,7 +147,7 @@ def start_run(
     system_metrics: bool = True,
     interval: float = delivery.INTERVAL,
 ) -> Iterator[Run]:
-    """Open a run for the `with` block: FINISHED at its end, KILLED on Ctrl-C or exit, FAILED on an error.
+    """Open a run for the `with` block: FINISHED at its end, KILLED where it was stopped, FAILED on an error.
 
     The parent is `parent_id` or VLV_PARENT_RUN_ID. With `resume_file` a run that was killed or failed is gone
     on with, its curves without doubles; delete the file to begin a new one. It is removed when the run
@@ -173,7 +178,7 @@ def start_run(
     try:
         yield run
         status = "FINISHED"
-    except (KeyboardInterrupt, SystemExit, GeneratorExit):
+    except (KeyboardInterrupt, SystemExit, GeneratorExit, Stopped):
         status = "KILLED"
         raise
     finally:
@@ -226,9 +231,11 @@ def _resume(uri: str, folder: Path, resume_file: Path | None) -> Journal | None:
     """The journal that `resume_file` names, where it is still there and meant for the same server."""
     if resume_file is None or not resume_file.exists():
         return None
+    named = _journal_named_by(resume_file, folder)
+    if named is None:
+        return None
     try:
-        # A flush of the outbox may hold it for a moment.
-        journal = Journal.open(folder / str(files.read_json(resume_file).get("journal")), wait=20)
+        journal = Journal.open(named, wait=20)  # a flush of the outbox may hold it for a moment
     except FileNotFoundError:
         return None
     if journal.head.uri != uri:
@@ -236,6 +243,19 @@ def _resume(uri: str, folder: Path, resume_file: Path | None) -> Journal | None:
         return None
     journal.append("resume")
     return journal
+
+
+def _journal_named_by(resume_file: Path, outbox_folder: Path) -> Path | None:
+    """The journal's folder. Where the file is damaged: the newest journal that was to be resumed by it."""
+    try:
+        return outbox_folder / str(files.read_json_object(resume_file).get("journal"))
+    except files.FileError as error:
+        mine = [one for one in journals(outbox_folder) if resumed_by(one) == str(resume_file.resolve())]
+        found = mine[-1] if mine else None
+        files.set_aside(resume_file, error, f"it is made again from {found}" if found else "a new MLflow run begins")
+        if found is not None:
+            files.write_json(resume_file, {"journal": found.name})
+        return found
 
 
 def patience(uri: str) -> float:

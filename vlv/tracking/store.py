@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import filelock
 
-from vlv import files
+from vlv import files, telemetry
 from vlv.config import Paths
 
 if TYPE_CHECKING:
@@ -23,7 +23,6 @@ _PATIENCE = {
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
     "MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR": "1",
 }
-_PRIVACY = {"MLFLOW_DISABLE_TELEMETRY": "true", "DO_NOT_TRACK": "true"}
 _QUIET = {"MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true", "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false"}
 
 
@@ -55,7 +54,7 @@ def prepare(paths: Paths) -> str:
     Raises:
         TrackingError: the sqlite file cannot be made or brought to this MLflow's schema.
     """
-    os.environ.update(_PRIVACY)
+    telemetry.off()
     for name, value in _PATIENCE.items():
         os.environ.setdefault(name, value)
     for name, value in _QUIET.items():

@@ -10,6 +10,8 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from vlv import dropout
+
 
 def names(module: nn.Module) -> list[str]:
     """Class names of the blocks that there are in `module`."""
@@ -32,7 +34,7 @@ def recompute(module: nn.Module) -> int:
         if type(part).__name__ not in classes:
             return sum(visit(child) for child in part.children())
         part.forward = functools.partial(  # type: ignore[method-assign]
-            checkpoint, part.forward, use_reentrant=False, preserve_rng_state=False
+            checkpoint, part.forward, use_reentrant=False, preserve_rng_state=False, context_fn=dropout.recomputed
         )
         return 1
 

@@ -25,6 +25,7 @@ log = logging.getLogger(__name__)
 
 _KEEP = 2
 _MANIFEST = "manifest.json"
+_FILES = {"weights.safetensors", "optimizer.safetensors", "averages.safetensors", "state.json"}
 
 
 class CheckpointError(RuntimeError):
@@ -80,17 +81,20 @@ def save(folder: Path, checkpoint: Checkpoint) -> Path:
 
 def _verifies(folder: Path) -> bool:
     try:
-        hashes: dict[str, str] = files.read_json(folder / _MANIFEST)
-        return all(files.sha256_file(folder / name) == digest for name, digest in hashes.items())
-    except (OSError, ValueError):
+        hashes = files.read_json_object(folder / _MANIFEST)
+        return hashes.keys() == _FILES and all(
+            files.sha256_file(folder / name) == digest for name, digest in hashes.items()
+        )
+    except (OSError, files.FileError):
         return False
 
 
 def newest(folder: Path) -> int:
     """Steps of the newest checkpoint that verifies; 0 if there is none. Damaged ones are passed over with a warning."""
     for candidate in sorted(folder.glob("step-*"), reverse=True):
-        if _verifies(candidate):
-            return int(candidate.name.removeprefix("step-"))
+        number = candidate.name.removeprefix("step-")
+        if number.isdecimal() and _verifies(candidate):
+            return int(number)
         log.warning("%s is damaged; going back to the one before it", candidate)
     return 0
 
@@ -106,7 +110,7 @@ def load(folder: Path, step: int, fingerprint: str) -> Checkpoint:
         raise CheckpointError(
             f"{path} is not there for this process. All machines need the project folder on a file system they share."
         )
-    state: dict[str, Any] = files.read_json(path / "state.json")
+    state = files.read_json_object(path / "state.json")
     if state["fingerprint"] != fingerprint:
         raise CheckpointError(
             f"{path} belongs to a training with other settings, data or base models. "

@@ -5,6 +5,8 @@ import logging
 from pathlib import Path
 from typing import Any
 
+from vlv import files
+
 log = logging.getLogger(__name__)
 
 _RAPL = Path("/sys/class/powercap")
@@ -49,7 +51,7 @@ class EnergyMeter:
 
 def _read(zone: Path, name: str = "energy_uj") -> int | None:
     try:
-        return int((zone / name).read_text())
+        return int(files.read_text(zone / name))
     except (OSError, ValueError):
         return None
 

@@ -8,11 +8,30 @@ import time
 from pathlib import Path
 from typing import Any
 
+from pydantic import Field, ValidationError
+
 from vlv import files
-from vlv.config import Compute
+from vlv.config import Compute, Section
 from vlv.training.energy import EnergyMeter
 
 NAME = "ledger.json"
+
+
+class Sums(Section):
+    """What ledger.json holds.
+
+    Attributes:
+        sessions: how often the training was started.
+        flops_per_step: operations of one optimizer step over all processes (a multiply-add counts two), None
+            until they were counted.
+    """
+
+    sessions: int = Field(0, ge=0)
+    device_seconds: float = Field(0.0, ge=0, allow_inf_nan=False)
+    samples: int = Field(0, ge=0)
+    flops: int = Field(0, ge=0)
+    flops_per_step: int | None = Field(None, gt=0)
+    energy_joules: float | None = Field(None, allow_inf_nan=False)
 
 
 class Ledger:
@@ -25,9 +44,8 @@ class Ledger:
 
     def __init__(self, folder: Path, devices: int) -> None:
         self._path = folder / NAME
-        past: dict[str, Any] = files.read_json(self._path) if self._path.exists() else {}
-        self._past = past
-        self.flops_per_step: int | None = past.get("flops_per_step")
+        self._past = _read(self._path)
+        self.flops_per_step = self._past.flops_per_step
         self._devices = devices
         self._start, self._meter = time.monotonic(), EnergyMeter()
         self._samples = self._steps = 0
@@ -41,19 +59,28 @@ class Ledger:
         """Put the sums so far on disk."""
         past, energy = self._past, self._meter.joules()
         if energy is not None:
-            energy += past.get("energy_joules") or 0.0
+            energy += past.energy_joules or 0.0
         seconds = time.monotonic() - self._start
-        files.write_json(
-            self._path,
-            {
-                "sessions": past.get("sessions", 0) + 1,
-                "device_seconds": past.get("device_seconds", 0.0) + seconds * self._devices,
-                "samples": past.get("samples", 0) + self._samples,
-                "flops": past.get("flops", 0) + self._steps * (self.flops_per_step or 0),
-                "flops_per_step": self.flops_per_step,
-                "energy_joules": energy,
-            },
+        sums = Sums(
+            sessions=past.sessions + 1,
+            device_seconds=past.device_seconds + seconds * self._devices,
+            samples=past.samples + self._samples,
+            flops=past.flops + self._steps * (self.flops_per_step or 0),
+            flops_per_step=self.flops_per_step,
+            energy_joules=energy,
         )
+        files.write_json(self._path, sums.model_dump())
+
+
+def _read(path: Path) -> Sums:
+    if not path.exists():
+        return Sums()
+    try:
+        return Sums.model_validate(files.read_json_object(path))
+    except (files.FileError, ValidationError) as error:
+        known = error if isinstance(error, files.FileError) else f"{path} holds no sums of a training."
+        files.set_aside(path, known, "what was spent before is not in the costs")
+        return Sums()
 
 
 def costs(folder: Path, compute: Compute) -> dict[str, Any]:
@@ -62,19 +89,19 @@ def costs(folder: Path, compute: Compute) -> dict[str, Any]:
     `utilisation` is operations / (device seconds x peak); it, `energy_joules` and `money` are null where the
     peak is not configured, no counter can be read, no price is configured.
     """
-    sums: dict[str, Any] = files.read_json(folder / NAME)
-    seconds = sums["device_seconds"]
+    sums = _read(folder / NAME)
+    seconds = sums.device_seconds
     utilisation = money = None
     if compute.peak_flops and seconds:
-        utilisation = round(sums["flops"] / (seconds * compute.peak_flops), 4)
+        utilisation = round(sums.flops / (seconds * compute.peak_flops), 4)
     if compute.price_per_device_hour is not None:
         money = round(seconds / 3600 * compute.price_per_device_hour, 4)
-    energy = sums["energy_joules"]
+    energy = sums.energy_joules
     return {
-        "sessions": sums["sessions"],
+        "sessions": sums.sessions,
         "device_seconds": round(seconds, 1),
-        "samples": sums["samples"],
-        "flops": sums["flops"],
+        "samples": sums.samples,
+        "flops": sums.flops,
         "utilisation": utilisation,
         "energy_joules": None if energy is None else round(energy, 1),
         "money": money,

@@ -21,6 +21,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from vlv import files
 from vlv.config import Training
 from vlv.progress import meter
+from vlv.stopping import Stopped
 from vlv.training import blocks, checkpoint, optim, parallel, runtime, zero
 from vlv.training.ledger import Ledger
 
@@ -160,7 +161,7 @@ class _Loop:
                 if done % s.checkpoint_every == 0 or done == s.steps or stopping:
                     self._save(done)
                 if stopping and done < s.steps:
-                    raise runtime.Stopped(
+                    raise Stopped(
                         f"{self.title}: stopped and saved at step {done} of {s.steps}; run it again to go on."
                     )
         self.average.copy_to_weights()

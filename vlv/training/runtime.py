@@ -25,10 +25,6 @@ from vlv.config import ConfigError, Training
 log = logging.getLogger(__name__)
 
 
-class Stopped(RuntimeError):
-    """The training was asked to stop; its state is saved and the same command continues it."""
-
-
 class MissingProcessError(RuntimeError):
     """Some of the processes that should train together never came."""
 

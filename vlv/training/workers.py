@@ -13,17 +13,17 @@ import signal
 import socket
 import subprocess
 import tempfile
-import threading
 import time
 import traceback
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import yaml
+import psutil
 
 from vlv import files
 from vlv.config import ConfigError
+from vlv.stopping import Stopped, end_with
 
 log = logging.getLogger(__name__)
 
@@ -35,10 +35,6 @@ _REPORTS, _PARENT = "VLV_WORKER_REPORTS", "VLV_WORKER_PARENT"
 
 class WorkerError(RuntimeError):
     """One of the processes failed; the message says which and why."""
-
-
-class WorkersStopped(RuntimeError):
-    """The processes were asked to stop, and saved."""
 
 
 def inside() -> bool:
@@ -55,7 +51,7 @@ def run(command: list[str], launch: Path, root: Path, environment: dict[str, str
     Raises:
         ConfigError: no such file, or one that does not suit one machine.
         WorkerError: a process failed or died; the others were ended.
-        WorkersStopped: they were asked to stop, and saved.
+        Stopped: they were asked to stop, and saved.
     """
     plan = read_plan(launch)
     count: int = plan["num_processes"]
@@ -87,10 +83,10 @@ def read_plan(launch: Path) -> dict[str, Any]:
         ConfigError: it is missing, no YAML, or for several machines.
     """
     try:
-        plan = yaml.safe_load(launch.read_text(encoding="utf-8"))
-    except (OSError, yaml.YAMLError) as error:
-        raise ConfigError(f"compute.launch: {launch} cannot be read as an accelerate file: {error}") from error
-    if not isinstance(plan, dict) or not isinstance(plan.get("num_processes"), int) or plan["num_processes"] < 1:
+        plan = files.read_yaml_mapping(launch, "See configs/accelerate for files that do.")
+    except files.FileError as error:
+        raise ConfigError(f"compute.launch: {error}") from error
+    if not isinstance(plan.get("num_processes"), int) or plan["num_processes"] < 1:
         raise ConfigError(f"{launch} names no num_processes; see configs/accelerate for files that do")
     if plan.get("num_machines", 1) != 1:
         raise ConfigError(
@@ -170,7 +166,7 @@ def _explain(failed: list[int], processes: list[subprocess.Popen[bytes]], report
     stopped = {r for r in failed if (told[r]["stopped"] if r in told else codes[r] == -signal.SIGTERM)}
     if stopped == set(failed):
         said = [told[rank]["message"] for rank in sorted(stopped & told.keys())]
-        raise WorkersStopped(said[0] if said else "stopped before it trained; run it again.")
+        raise Stopped(said[0] if said else "stopped before it trained; run it again.")
     which = f"of {len(processes)} processes"
     if killed := [rank for rank in failed if rank not in told and codes[rank] < 0 and rank not in stopped]:
         raise WorkerError(
@@ -202,7 +198,8 @@ def reporting() -> Iterator[None]:
         yield
         return
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent answers to the terminal
-    threading.Thread(target=_follow_parent, args=(int(os.environ[_PARENT]),), name="vlv-parent", daemon=True).start()
+    with contextlib.suppress(psutil.NoSuchProcess):  # it went before this process was up: the pipes break
+        end_with(psutil.Process(int(os.environ[_PARENT])), _ORPHAN_SECONDS)
     try:
         yield
     except SystemExit:
@@ -211,7 +208,7 @@ def reporting() -> Iterator[None]:
     except Exception as error:
         known = type(error).__module__.partition(".")[0] == "vlv"
         message = str(error) if known else "".join(traceback.format_exception(error)).rstrip()
-        stopped = type(error).__name__ == "Stopped"
+        stopped = isinstance(error, Stopped)
         _report(Path(reports), message, stopped=stopped)
         # The parent says it; said here as well it would be read once for each process.
         raise SystemExit(128 + signal.SIGTERM if stopped else 1) from None
@@ -222,12 +219,3 @@ def _report(folder: Path, message: str, *, stopped: bool) -> None:
     report = {"rank": rank, "time": time.time(), "stopped": stopped, "message": message}
     with contextlib.suppress(OSError):  # the parent has gone, and its folder with it
         (folder / f"{rank}.json").write_text(json.dumps(report), encoding="utf-8")
-
-
-def _follow_parent(parent: int) -> None:
-    """Ask this process to save and leave when its parent is no more; make it, if it does not."""
-    while os.getppid() == parent:
-        time.sleep(0.5)
-    os.kill(os.getpid(), signal.SIGTERM)
-    time.sleep(_ORPHAN_SECONDS)
-    os._exit(1)

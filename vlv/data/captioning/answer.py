@@ -1,9 +1,11 @@
 """What an endpoint answered: a caption, or something that must not become one."""
 
-import json
 import re
 from dataclasses import dataclass
 from typing import Any, Literal
+
+from vlv import files
+from vlv.data.readers.found import readable
 
 Kind = Literal["caption", "refused", "empty", "cut"]
 
@@ -41,16 +43,16 @@ def parse(body: bytes) -> Answer:
         GarbageError: not JSON, or not of that form.
     """
     try:
-        value = json.loads(body)
+        value = files.parse_json(body, "the answer")
         choice = value["choices"][0]
         message = choice["message"]
         content, refusal = message.get("content"), message.get("refusal")
     except (ValueError, LookupError, TypeError, AttributeError) as error:
         raise GarbageError(f"no chat completion: {body[:200]!r} ({type(error).__name__})") from error
-    text = " ".join(_text(content).split())
+    text = " ".join(readable(_text(content)).split())
     tokens = _tokens(value.get("usage"))
     if refusal:
-        return Answer("refused", str(refusal), tokens)
+        return Answer("refused", readable(str(refusal)), tokens)
     if choice.get("finish_reason") == "content_filter":
         return Answer("refused", text or "content filter", tokens)
     if not text:

@@ -95,7 +95,6 @@ def caption_images(source: Path, output: Path, run: Run) -> CaptionReport:
         finally:
             beside = source if run.sidecars and reader.format == "folder" else None
             report.exported = export(journal, output, beside)
-            journal.close()
         return report
 
 

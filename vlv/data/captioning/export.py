@@ -1,6 +1,5 @@
 """The journal's answers as files that `vlv data import` takes, and a list of those that are no captions."""
 
-import json
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -51,8 +50,7 @@ def export(journal: Journal, output: Path, beside: Path | None) -> Exported:
                 rows = []
         table.write_table(pa.Table.from_pylist(rows, _SCHEMA))
     listed = [{name: line[name] for name in ("name", "kind", "text", "sha256")} for line in unusable.values()]
-    text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in listed)
-    files.write_text(output / UNUSABLE, text)
+    files.write_json_lines(output / UNUSABLE, listed)
     return Exported(count, dict(sorted(Counter(line["kind"] for line in listed).items())), made, there)
 
 

@@ -1,12 +1,11 @@
 """The journal: each answer is on disk before anything else happens with it, so a kill loses nothing paid for."""
 
-import json
-import os
-import threading
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from vlv import files
 from vlv.data.shards import DataError
 
 FINAL = frozenset({"caption", "refused", "empty", "cut"})
@@ -24,7 +23,7 @@ class Journal:
     billed without an answer), `text`, `tokens`, `cost`.
 
     Args:
-        path: the file; made if it is not there. A last line that a kill cut short is removed.
+        path: the file; made if it is not there. A last line that a kill cut short does not count.
         asked: model and prompt; answers to other questions are not mixed.
         again: images whose answer was no caption count as not asked.
 
@@ -33,17 +32,12 @@ class Journal:
     """
 
     def __init__(self, path: Path, asked: dict[str, Any], *, again: bool = False) -> None:
-        self._path, self._lock = path, threading.Lock()
+        self._path = path
         self.answered: set[int] = set()
         self.spent = 0.0
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if path.exists():
-            _repair(path)
-        fresh = not path.exists() or path.stat().st_size == 0
-        if not fresh:
+        if any(True for _ in files.iterate_json_lines(path)):
             self._load(asked, again)
-        self._file = path.open("a", encoding="utf-8")
-        if fresh:
+        else:
             self.append({"asked": asked})
 
     def _load(self, asked: dict[str, Any], again: bool) -> None:
@@ -63,37 +57,18 @@ class Journal:
 
     def lines(self) -> Iterator[dict[str, Any]]:
         """All lines, one in memory."""
-        with self._path.open(encoding="utf-8") as stream:
-            for number, line in enumerate(stream, 1):
-                try:
-                    value = json.loads(line)
-                except ValueError as error:
-                    raise DataError(f"{self._path}, line {number} is damaged ({error}). Remove that line.") from error
-                yield value
+        for row, end in files.iterate_json_lines(self._path):
+            if isinstance(row, files.FileError):
+                raise DataError(str(row)) from row
+            if "asked" not in row and not _is_answer(row):
+                raise DataError(f"{self._path}, the line that ends at byte {end}, is no answer. Remove that line.")
+            yield row
 
     def append(self, value: dict[str, Any]) -> None:
         """Write a line through to the disk."""
-        with self._lock:
-            self._file.write(json.dumps(value, ensure_ascii=False, allow_nan=False) + "\n")
-            self._file.flush()
-            os.fsync(self._file.fileno())
-
-    def close(self) -> None:
-        """Close the file."""
-        self._file.close()
+        files.append_json_line(self._path, value)
 
 
-def _repair(path: Path) -> None:
-    """Cut off what follows the last line end."""
-    with path.open("r+b") as stream:
-        end = size = stream.seek(0, os.SEEK_END)
-        while end > 0:
-            start = max(0, end - 65536)
-            stream.seek(start)
-            found = stream.read(end - start).rfind(b"\n")
-            if found >= 0:
-                end = start + found + 1
-                break
-            end = start
-        if end != size:
-            stream.truncate(end)
+def _is_answer(row: dict[str, Any]) -> bool:
+    is_hash = isinstance(row.get("sha256"), str) and re.fullmatch("[0-9a-f]{64}", row["sha256"]) is not None
+    return is_hash and isinstance(row.get("kind"), str) and isinstance(row.get("cost"), int | float)

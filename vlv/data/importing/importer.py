@@ -3,7 +3,7 @@
 import logging
 import os
 import shutil
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
@@ -21,8 +21,10 @@ from vlv.data.importing.recipe import Prepared, Recipe
 from vlv.data.importing.splits import SPLITS, Shares
 from vlv.data.importing.staging import Staging
 from vlv.data.importing.tally import Note, Tally
+from vlv.data.readers.folder import FolderReader
 from vlv.data.readers.formats import ReadOptions, open_source
 from vlv.data.readers.found import Found, Reader, Split
+from vlv.data.readers.names import NONE
 from vlv.data.shards import TABLE, DataError, Manifest, ShardEntry, SplitEntry
 from vlv.data.writer import Record
 from vlv.progress import meter
@@ -72,8 +74,8 @@ def import_images(
     beside `data`, in `.import.NAME`.
 
     Raises:
-        DataError: a source that cannot be read, without one usable image, or in one folder with `data`; an
-            unfinished import of another kind.
+        DataError: a source that cannot be read, without one usable image, or in one folder with `data`; one that
+            holds captions of which not one was found; an unfinished import of another kind.
         LockHeldError: another import of this data runs.
     """
     _check_apart(source, data)
@@ -103,6 +105,9 @@ class _Import:
         scratch = staging / "scratch"
         self._reader: Reader = open_source(source, scratch, wanted.reading)
         self._captions = CaptionTable(wanted.captions, scratch) if wanted.captions is not None else None
+        self._wants_captions = wanted.captions is None and wanted.reading.caption_column != NONE
+        if self._wants_captions and isinstance(self._reader, FolderReader):
+            self._reader.ask_for_captions()
         self._stage = Staging(staging, self._identity(), restart=restart)
 
     def _identity(self) -> dict[str, Any]:
@@ -115,6 +120,7 @@ class _Import:
             "shard_size": wanted.shard_size,
             "splits": asdict(wanted.shares),
             "reading": [reading.image_column, reading.caption_column, reading.rule, reading.seed],
+            "images": None if reading.images is None else reading.images.name,
             "captions": None if wanted.captions is None else files.sha256_file(wanted.captions),
         }
 
@@ -122,15 +128,30 @@ class _Import:
         try:
             self._read_all()
             tally = self._stage.tally()
-            if not tally.kept:
+            problem = self._problem(tally)
+            if problem is not None:
                 shutil.rmtree(self._staging)
-                raise DataError(
-                    f"{self._source}: none of {tally.found} images can be used {dict(tally.dropped) or ''}. "
-                    f"{self._data} is unchanged."
-                )
+                raise DataError(f"{self._source}: {problem} {self._data} is unchanged.")
             return ImportReport(self._assemble(tally), tally)
         finally:
             self._stage.close()
+
+    def _problem(self, tally: Tally) -> str | None:
+        """Why the import cannot be what was meant, and what to say."""
+        if not tally.kept:
+            lost = {"image_missing", "outside_folder"} & set(tally.dropped)
+            remedy = " If the images are in another folder, name it: --images FOLDER." if lost else ""
+            return f"none of {tally.found} images can be used {dict(tally.dropped) or ''}.{remedy}"
+        # What there was of captions, or may have been.
+        found = tally.captions_left_out + Counter(image_missing=tally.dropped["image_missing"])
+        if self._wants_captions and found and not tally.captions:
+            note = next(note for note in tally.notes if note.reason in found)
+            return (
+                f"{tally.kept} images, but not one caption that can be used {dict(found)}, such as {note.path}: "
+                f"{note.message}. If they are in another column, name it: --caption-column NAME; if there are none, "
+                f"say so: --caption-column {NONE}."
+            )
+        return None
 
     def _read_all(self) -> None:
         number, part, skip = self._stage.resume()
@@ -171,7 +192,7 @@ class _Import:
     def _assemble(self, tally: Tally) -> Manifest:
         """Put the pieces together: training shards as they are, the two small splits in full shards."""
         wanted = self._wanted
-        about = {
+        about: dict[str, Any] = {
             "kind": "imported",
             "description": wanted.description or self._source.resolve().name,
             "format": self._reader.format,
@@ -181,6 +202,8 @@ class _Import:
             "splits": asdict(wanted.shares),
             "counts": tally.counts(),
         }
+        if wanted.recipe.resize != "bicubic":
+            about["resize"] = wanted.recipe.resize
         moved = self._moved(tally)
         with files.atomic_folder(self._data) as folder:
             splits: dict[str, SplitEntry] = {}

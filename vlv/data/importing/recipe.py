@@ -3,7 +3,9 @@
 from dataclasses import dataclass, replace
 
 from vlv import files, images
-from vlv.data.readers.found import Content, Found, Split
+from vlv.config import Resize
+from vlv.data import writer
+from vlv.data.readers.found import Content, Found, Split, readable
 from vlv.data.readers.names import Encoding
 from vlv.data.writer import Record
 
@@ -13,14 +15,15 @@ class Recipe:
     """What every image is held to and made into; sizes in pixels.
 
     Dropped, by name: `unreadable`, `too_small` (shorter side below `min_side`), `aspect` (longer / shorter side
-    above `max_aspect`). The rest is cut to `image_size` squares and stored as PNG (lossless, the same bytes on
-    every machine) or as JPEG (quality 95, a fifth of the space or so).
+    above `max_aspect`). The rest is cut to `image_size` squares (in the way of `resize`) and stored as PNG (lossless,
+    the same bytes on every machine) or as JPEG (quality 95, a fifth of the space or so).
     """
 
     image_size: int
     min_side: int
     max_aspect: float
     encoding: Encoding = "png"
+    resize: Resize = "bicubic"
 
 
 @dataclass(frozen=True)
@@ -46,8 +49,9 @@ def prepare(found: Found, recipe: Recipe) -> Prepared:
     try:
         content = found.load()
         pixels = images.decode(content.image, found.url)
-    except (images.ImageError, OSError, ValueError) as error:
-        return _dropped(found, "unreadable", str(error))
+        writer.to_json(content.meta)
+    except (OSError, ValueError, OverflowError, MemoryError) as error:
+        return _dropped(found, "unreadable", readable(str(error)) or type(error).__name__)
     height, width = pixels.shape[:2]
     short, long = min(height, width), max(height, width)
     if short < recipe.min_side:
@@ -56,15 +60,17 @@ def prepare(found: Found, recipe: Recipe) -> Prepared:
     if long > recipe.max_aspect * short:
         message = f"{width}x{height} pixels, aspect {long / short:.2f} is above {recipe.max_aspect}"
         return _dropped(found, "aspect", message, width, height)
-    return _kept(found, content, images.resize_crop(pixels, recipe.image_size), (width, height), recipe)
+    return _kept(found, content, images.resize_crop(pixels, recipe.image_size, recipe.resize), (width, height), recipe)
 
 
 def _kept(found: Found, content: Content, cut: images.Pixels, size: tuple[int, int], recipe: Recipe) -> Prepared:
     png = recipe.encoding == "png"
     caption = None if content.caption is None else " ".join(content.caption.split()) or None
     problem = content.caption_problem
+    if problem is not None:
+        problem = (problem[0], readable(problem[1]))
     record = Record(
-        url=content.url or found.url,
+        url=readable(content.url or found.url),
         image=images.encode_png(cut) if png else images.encode_jpeg(cut),
         extension="png" if png else "jpg",
         caption=caption,

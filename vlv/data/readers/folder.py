@@ -11,12 +11,17 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from vlv import files
 from vlv.data.readers import captions
 from vlv.data.readers.found import IMAGES, Content, Found, rank
 from vlv.data.readers.img2dataset import failures
 from vlv.data.readers.names import Rule
+from vlv.data.shards import DataError
 
 SIDECARS = (".txt", ".caption", ".json")  # the first that is there counts
+# What may hold the captions of a whole folder, unless it says by its name that it is about the folder.
+_LISTS = (*SIDECARS, ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet")
+_ABOUT = ("readme", "license", "licence", "notice", "credits", "attribution", "dataset_info")
 
 
 class FolderReader:
@@ -29,6 +34,8 @@ class FolderReader:
 
     def __init__(self, root: Path, scratch: Path, seed: int, rule: Rule) -> None:
         self._root, self._seed, self._rule = root, seed, rule
+        self._captioned = False  # whether any image has a file of captions beside it
+        self._list: str | None = None  # the first other file that may hold captions
         scratch.mkdir(parents=True, exist_ok=True)
         database = scratch / "listing.sqlite"
         database.unlink(missing_ok=True)
@@ -44,11 +51,32 @@ class FolderReader:
     def _walk(self) -> Iterator[tuple[bytes, bytes, int, int]]:
         for folder, subfolders, names in os.walk(self._root):
             subfolders[:] = [name for name in subfolders if not name.startswith(".")]
-            for name in names:
+            beside = set(names)
+            for name in sorted(names):
                 path = Path(folder, name)
+                if self._list is None and _may_list(name):
+                    self._list = path.relative_to(self._root).as_posix()
                 if path.suffix.lower() in IMAGES and not name.startswith(".") and path.is_file():
+                    self._captioned = self._captioned or any(path.with_suffix(end).name in beside for end in SIDECARS)
                     relative, status = path.relative_to(self._root).as_posix(), path.stat()
                     yield rank(self._seed, relative), os.fsencode(relative), status.st_size, status.st_mtime_ns
+
+    def ask_for_captions(self) -> None:
+        """Stop where no image has captions beside it, but some file may hold those of all.
+
+        Raises:
+            DataError: with the file, and what to say.
+        """
+        if self._captioned or self._list is None or not self.total():
+            return
+        command = f"vlv data import {self._root / self._list}"
+        if self._list.lower().endswith((".txt", ".caption")):
+            command += " --format table"
+        raise DataError(
+            f"{self._root} holds {self._list}, but no image has a file with its caption beside it (NAME.txt, "
+            f"NAME.caption or NAME.json). If that file lists images and captions: {command}. If there are no captions: "
+            "--caption-column none"
+        )
 
     def total(self) -> int:
         return int(self._listing.execute("SELECT count(*) FROM files").fetchone()[0])
@@ -86,12 +114,16 @@ class FolderReader:
             value = captions.parse_json(sidecar.read_bytes())
             caption, others = captions.pick(captions.of_json(value), self._rule, self._seed, url)
             return caption, _origin(value) | others
-        caption = sidecar.read_text(encoding="utf-8")
+        caption = files.read_text(sidecar, "Correct it.")
         beside = path.with_suffix(".json")
         return caption, _origin(captions.parse_json(beside.read_bytes())) if beside.exists() else {}
 
     def _url(self, _meta: dict[str, Any]) -> str | None:
         return None  # the place in the folder is the name
+
+
+def _may_list(name: str) -> bool:
+    return not name.startswith(".") and name.lower().endswith(_LISTS) and not name.lower().startswith(_ABOUT)
 
 
 def _origin(value: dict[str, Any]) -> dict[str, Any]:

@@ -1,14 +1,17 @@
 """What a reader gives, whatever the format: samples where they lie, and a way to load each of them."""
 
 import hashlib
+import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, Literal, Protocol
+
+from vlv import images
 
 Split = Literal["train", "validation", "test"]
 
-IMAGES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"})
+IMAGES = images.SUFFIXES
 
 
 @dataclass(frozen=True)
@@ -32,7 +35,8 @@ class Found:
     """A sample at a place of the source: number `index` of part number `part`.
 
     `load` reads it, in any thread; it raises `OSError` or `ValueError` where that fails. None: the source itself
-    says that there is no image, for `reason` (a short name that is counted) and `message`.
+    says that there is no image, for `reason` (a short name that is counted) and `message`. What is not Unicode in
+    `url` and `message` (they hold names of files and members) is replaced by the sign for it.
     """
 
     part: int
@@ -41,6 +45,10 @@ class Found:
     load: Callable[[], Content] | None
     reason: str = ""
     message: str = ""
+
+    def __post_init__(self) -> None:
+        for name in ("url", "message"):
+            object.__setattr__(self, name, readable(getattr(self, name)))
 
 
 class Reader(Protocol):
@@ -61,9 +69,37 @@ class Reader(Protocol):
         ...
 
 
+# Half of a character: Python has it for a byte of a file name that is not UTF-8, JSON for a "\\ud800" alone.
+_SURROGATE = re.compile("[\ud800-\udfff]")
+
+
+def is_text(text: str) -> bool:
+    """Whether a text can be written as UTF-8."""
+    return _SURROGATE.search(text) is None
+
+
+def readable(text: str) -> str:
+    """The text with the sign for an unknown character wherever it could not be written as UTF-8."""
+    return _SURROGATE.sub("\N{REPLACEMENT CHARACTER}", text)
+
+
+def locate(folder: Path, name: str) -> Path | tuple[str, str]:
+    """The file that a source calls `name`, in `folder` or below; where there is none, a reason and a message."""
+    path = PurePosixPath(name)
+    if path.is_absolute() and path.is_relative_to(folder.resolve().as_posix()):
+        path = path.relative_to(folder.resolve().as_posix())
+    if path.is_absolute() or ".." in path.parts:
+        return "outside_folder", f"the name leads out of {folder}"
+    try:
+        there = (folder / path).is_file()
+    except (OSError, ValueError) as error:  # half a character, a null byte, a name too long
+        return "image_missing", f"no file can have this name ({error})"
+    return folder / path if there else ("image_missing", f"{folder} does not have it")
+
+
 def rank(seed: int, name: str) -> bytes:
     """8 bytes by which names are put in an order that is shuffled, but the same each time."""
-    return hashlib.blake2b(f"{seed}:{name}".encode("utf-8", "surrogateescape"), digest_size=8).digest()
+    return hashlib.blake2b(f"{seed}:{name}".encode("utf-8", "surrogatepass"), digest_size=8).digest()
 
 
 def shuffled(paths: Iterable[Path], root: Path, seed: int) -> list[Path]:

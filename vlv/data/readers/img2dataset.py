@@ -7,6 +7,8 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from vlv.data.readers.columns import DAMAGE, pylist
+
 _ROWS = 1024  # read at a time
 
 
@@ -33,7 +35,7 @@ def failures(table: Path, present: Set[str] | None) -> Iterator[tuple[str, str, 
                 yield where, status, str(row.get("error_message") or "img2dataset gives no reason")
             elif present is not None and key not in present:
                 yield where, "missing_in_tar", f"{table.name} lists {key}, the tar does not have it"
-    except (pa.ArrowException, OSError) as error:
+    except DAMAGE as error:
         yield table.name, "damaged_file", str(error).splitlines()[0]
 
 
@@ -41,4 +43,4 @@ def _rows(table: Path) -> Iterator[dict[str, Any]]:
     with pq.ParquetFile(table) as file:
         wanted = [name for name in ("key", "status", "url", "error_message") if name in file.schema_arrow.names]
         for batch in file.iter_batches(_ROWS, columns=wanted):
-            yield from batch.to_pylist()
+            yield from pylist(batch)

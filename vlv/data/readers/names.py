@@ -2,6 +2,8 @@
 
 from typing import Literal
 
-Format = Literal["folder", "img2dataset", "parquet", "coco", "shards"]
+Format = Literal["folder", "imagefolder", "table", "llava", "img2dataset", "parquet", "arrow", "coco", "shards"]
 Rule = Literal["seeded", "first", "longest"]  # which of several captions
 Encoding = Literal["png", "jpeg"]  # how cut images are stored
+
+NONE = "none"  # as a caption column: there are no captions

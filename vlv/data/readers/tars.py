@@ -1,9 +1,12 @@
 """Webdataset tars: img2dataset's output, others' of the same form, and our own shards."""
 
 import functools
+import gzip
 import tarfile
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from io import BufferedIOBase
 from pathlib import Path, PurePosixPath
 from typing import Any, get_args
 
@@ -14,29 +17,40 @@ from vlv.data.readers.img2dataset import failures, is_table
 from vlv.data.readers.names import Rule
 from vlv.data.writer import WRITTEN
 
+ENDINGS = (".tar", ".tar.gz", ".tgz")
 _TEXTS = ("txt", "caption")
+_LARGEST = 1 << 30  # bytes of a member that is read; a header can claim any size
+# What tarfile raises on damage, some of it from the middle of a number that it does not understand.
+_DAMAGE = (tarfile.TarError, OSError, EOFError, zlib.error, ValueError, OverflowError)
 
 
 @dataclass
 class _Members:
-    """Where the members of one sample lie in the tar: extension -> offset and size in bytes."""
+    """The members of one sample: extension -> offset and size in bytes; of a compressed tar the bytes of those that
+    are used.
+
+    `problem`: why there is no sample.
+    """
 
     key: str
-    places: dict[str, tuple[int, int]] = field(default_factory=dict)
+    places: dict[str, tuple[int, int] | bytes] = field(default_factory=dict)
+    problem: str | None = None
 
 
 class TarReader:
     """All tars below `root` (or one tar), in an order shuffled by `seed`; a part is a tar.
 
-    Only headers are read here; a sample's bytes are read by `Found.load`. After a tar's samples come the rows
-    that img2dataset's parquet file beside it lists as failed. `ours`: the tars are shards of a data folder.
+    Only headers are read here; a sample's bytes are read by `Found.load`, or at once where the tar is compressed. After
+    a tar's samples come the rows that img2dataset's parquet file beside it lists as failed. `ours`: the tars are shards
+    of a data folder.
     """
 
     def __init__(self, root: Path, seed: int, rule: Rule, *, ours: bool = False) -> None:
         self.format = "shards" if ours else "img2dataset"
         self._root = root if root.is_dir() else root.parent
         self._seed, self._rule, self._ours = seed, rule, ours
-        found = [path for path in root.rglob("*.tar") if path.is_file()] if root.is_dir() else [root]
+        inside = (path for ending in ENDINGS for path in root.rglob(f"*{ending}"))
+        found = [path for path in inside if path.is_file()] if root.is_dir() else [root]
         self._tars = shuffled(found, self._root, seed)
 
     def total(self) -> int:
@@ -48,16 +62,16 @@ class TarReader:
         return round(sum(known) / len(known) * len(self._tars)) if known else 0
 
     def _stated(self, tar: Path) -> int | None:
-        path = tar.with_name(f"{tar.stem}_stats.json")
+        path = tar.with_name(f"{_stem(tar)}_stats.json")
         try:
             return int(files.read_json(path)["count"])
-        except (OSError, ValueError, KeyError, TypeError):
+        except (OSError, ValueError, KeyError, TypeError, OverflowError):
             return None
 
     def _counted(self, tar: Path) -> int:
         try:
-            return sum(1 for _ in self._samples(tar))
-        except (tarfile.TarError, OSError):
+            return sum(1 for _ in _samples(tar))
+        except _DAMAGE:
             return 0  # `read` names the damage
 
     def fingerprint(self) -> str:
@@ -74,45 +88,30 @@ class TarReader:
         present: set[str] = set()
         index = 0
         try:
-            for members in self._samples(tar):
+            for members in _samples(tar):
                 place = f"{name}/{members.key}"
-                yield Found(number, index, place, functools.partial(self._load, tar, members, place))
+                if members.problem is not None:
+                    yield Found(number, index, place, None, "unreadable", members.problem)
+                elif not any(f".{end}" in IMAGES for end in members.places):
+                    yield Found(number, index, place, None, "image_missing", _no_image(members))
+                else:
+                    yield Found(number, index, place, functools.partial(self._load, tar, members, place))
                 present.add(members.key)
                 index += 1
-        except (tarfile.TarError, OSError) as error:
-            yield Found(number, index, name, None, "damaged_file", f"{error} after {len(present)} samples")
+        except _DAMAGE as error:
+            yield Found(number, index, name, None, "damaged_file", f"{error} after {index} samples")
             index += 1
-        table = tar.with_suffix(".parquet")
+        table = tar.with_name(f"{_stem(tar)}.parquet")
         if table.exists() and is_table(table):
             for offset, (url, reason, message) in enumerate(failures(table, present)):
                 yield Found(number, index + offset, url, None, reason, message)
-
-    def _samples(self, tar: Path) -> Iterator[_Members]:
-        """Runs of members with the same key; the key is a name up to its first dot, as webdataset has it."""
-        current: _Members | None = None
-        with tarfile.open(tar, "r:") as archive:
-            for member in archive:
-                if not member.isreg():
-                    continue
-                path = PurePosixPath(member.name)
-                stem, _, extension = path.name.partition(".")
-                key = (path.parent / stem).as_posix()
-                if current is None or key != current.key:
-                    if current is not None:
-                        yield current
-                    current = _Members(key)
-                current.places[extension.lower()] = (member.offset_data, member.size)
-                archive.members = []  # type: ignore[attr-defined]  # or tarfile keeps every header
-        if current is not None:
-            yield current
 
     def _load(self, tar: Path, members: _Members, place: str) -> Content:
         chosen = [end for end in members.places if f".{end}" in IMAGES]
         if len(chosen) != 1:
             raise ValueError(f"{len(chosen)} images instead of one (members: {', '.join(sorted(members.places))})")
         wanted = [chosen[0], *(end for end in (*_TEXTS, "json") if end in members.places)]
-        with tar.open("rb") as stream:
-            read = {end: _slice(stream, *members.places[end]) for end in wanted}
+        read = _bytes(tar, members, wanted)
         image, text = read[chosen[0]], next((read[end] for end in _TEXTS if end in read), None)
         try:
             value = captions.parse_json(read["json"]) if "json" in read else {}
@@ -148,9 +147,105 @@ class TarReader:
         )
 
 
-def _slice(stream: Any, offset: int, size: int) -> bytes:
+def _no_image(members: _Members) -> str:
+    return (
+        f"no image among its members ({', '.join(sorted(members.places))}); the members of a sample must follow one "
+        "another in the tar (tar --sort=name)"
+    )
+
+
+def _stem(tar: Path) -> str:
+    """00000.tar and 00000.tar.gz -> 00000."""
+    ending = next((one for one in ENDINGS if tar.name.lower().endswith(one)), "")
+    return tar.name[: len(tar.name) - len(ending)]
+
+
+def _is_compressed(tar: Path) -> bool:
+    return tar.suffix.lower() in (".gz", ".tgz")
+
+
+def _samples(tar: Path) -> Iterator[_Members]:
+    """Runs of members with the same key; the key is a name up to its first dot, as webdataset has it.
+
+    Raises:
+        One of `_DAMAGE`, where what follows cannot be found; a member that can be passed over is a problem of its own.
+    """
+    current: _Members | None = None
+    compressed = _is_compressed(tar)
+    with gzip.open(tar) if compressed else tar.open("rb") as stream, tarfile.open(fileobj=stream, mode="r:") as archive:
+        for begin, member in _members(archive, stream):
+            if isinstance(member, str):
+                if current is not None:
+                    yield current
+                yield _Members(f"byte {begin}", problem=member)
+                current = None
+                continue
+            if not member.isreg():
+                continue
+            path = PurePosixPath(member.name)
+            stem, _, extension = path.name.partition(".")
+            key = (path.parent / stem).as_posix()
+            if current is None or key != current.key:
+                if current is not None:
+                    yield current
+                current = _Members(key)
+            if member.issparse():
+                current.problem = f"{member.name} is stored as a sparse file"
+                continue
+            if member.size > _LARGEST:
+                current.problem = f"{member.name} has {member.size:,} bytes by its header"
+                continue
+            place = (member.offset_data, member.size)
+            read = compressed and _is_wanted(extension.lower())
+            current.places[extension.lower()] = _slice(stream, *place) if read else place
+    if current is not None:
+        yield current
+
+
+def _is_wanted(extension: str) -> bool:
+    return f".{extension}" in IMAGES or extension in (*_TEXTS, "json")
+
+
+def _members(archive: tarfile.TarFile, stream: BufferedIOBase) -> Iterator[tuple[int, tarfile.TarInfo | str]]:
+    """Each member with the place of its header; a text where one cannot be understood but the next can be found.
+
+    Raises:
+        One of `_DAMAGE`.
+    """
+    reached = -1
+    while True:
+        begin: int = archive.offset  # type: ignore[attr-defined]
+        found: tarfile.TarInfo | str | None
+        try:
+            found = archive.next()
+        except _DAMAGE as error:
+            found = str(error)
+            if archive.offset <= reached:  # type: ignore[attr-defined]
+                raise
+        archive.members = []  # type: ignore[attr-defined]  # or tarfile keeps every header
+        if found is None:
+            break
+        yield begin, found
+        if archive.offset <= reached:  # type: ignore[attr-defined]
+            raise tarfile.ReadError(f"the member at byte {begin} has a negative size")
+        reached = archive.offset  # type: ignore[attr-defined]
+    stream.seek(begin)
+    if stream.read(tarfile.BLOCKSIZE).strip(b"\0"):  # tarfile takes a header that is none for the end
+        raise tarfile.ReadError(f"no member begins at byte {begin}")
+
+
+def _bytes(tar: Path, members: _Members, wanted: list[str]) -> dict[str, bytes]:
+    read: dict[str, bytes] = {}
+    with tar.open("rb") as stream:
+        for end in wanted:
+            place = members.places[end]
+            read[end] = place if isinstance(place, bytes) else _slice(stream, *place)
+    return read
+
+
+def _slice(stream: BufferedIOBase, offset: int, size: int) -> bytes:
     stream.seek(offset)
-    data: bytes = stream.read(size)
+    data = stream.read(size)
     if len(data) != size:
         raise OSError(f"the tar ends {size - len(data)} bytes too early")
     return data

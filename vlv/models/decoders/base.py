@@ -171,7 +171,9 @@ class Decoder(nn.Module, ABC, Generic[C]):
 
     def sampler(self) -> Any:
         """A new sampler of the pretrained schedule; here DPM-Solver++."""
-        return DPMSolverMultistepScheduler.from_config(self.scheduler.config, timestep_spacing="trailing")
+        return DPMSolverMultistepScheduler.from_config(
+            self.scheduler.config, timestep_spacing="trailing", trust_remote_code=False
+        )
 
 
 def _together(first: C, second: C) -> C:

@@ -94,7 +94,7 @@ class SD3Decoder(Decoder[Context]):
 
     def sampler(self) -> Any:
         """Euler's method on the flow, with the pretrained schedule's shift."""
-        return FlowMatchEulerDiscreteScheduler.from_config(self.scheduler.config)
+        return FlowMatchEulerDiscreteScheduler.from_config(self.scheduler.config, trust_remote_code=False)
 
 
 def build(section: config.Decoder, folder: Path, conditioner: SD3Conditioner) -> SD3Decoder:

@@ -55,7 +55,7 @@ class SDXLDecoder(Decoder[Context]):
     def sampler(self) -> Any:
         """DPM-Solver++ as diffusers advises for SDXL, where the plain one is unstable at its last steps."""
         return DPMSolverMultistepScheduler.from_config(
-            self.scheduler.config, use_karras_sigmas=True, euler_at_final=True
+            self.scheduler.config, use_karras_sigmas=True, euler_at_final=True, trust_remote_code=False
         )
 
 

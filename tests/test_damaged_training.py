@@ -1,0 +1,161 @@
+"""What a training left is damaged before it goes on: it ends in the same figures, and its MLflow run is right."""
+
+import json
+import logging
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from mlflow import MlflowClient
+from mlflow.entities import Run as MlflowRun
+
+from tests.conftest import tiny
+from tests.test_training import SETTINGS, _batches, _Regression, _stopping
+from vlv import tracking
+from vlv.config import Paths
+from vlv.stages.record import Record, training_record
+from vlv.stopping import Stopped
+from vlv.training import loop
+
+Damage = Callable[[Path], object]
+
+
+@pytest.fixture(scope="module")
+def project(_scene_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Paths:
+    root = tmp_path_factory.mktemp("damaged")
+    shutil.copytree(_scene_data, root / "data")
+    return Paths(root)
+
+
+@pytest.fixture(autouse=True)
+def _own_store(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("MLFLOW_TRACKING_URI", "MLFLOW_EXPERIMENT_NAME", "VLV_PARENT_RUN_ID", "VLV_FLOW_RUN_ID"):
+        monkeypatch.delenv(name, raising=False)
+
+
+def _train(project: Paths, stage: str, batches: Any = _batches) -> dict[str, Any]:
+    record = Record(stage, project, "0" * 64)
+    with training_record(record, tiny(), SETTINGS) as on_log:
+        loop.train(_Regression(), batches, SETTINGS, record.training, "same", on_log)
+        record.model.mkdir(parents=True)
+    return record.result()
+
+
+def _runs(project: Paths, stage: str) -> list[MlflowRun]:
+    client = MlflowClient(tracking.tracking_uri(project))
+    experiment = client.get_experiment_by_name("vlv")
+    assert experiment is not None
+    return list(client.search_runs([experiment.experiment_id], f"run_name = '{stage}'"))
+
+
+def _steps(project: Paths, run: MlflowRun) -> list[int]:
+    history = MlflowClient(tracking.tracking_uri(project)).get_metric_history(run.info.run_id, "loss")
+    return sorted(point.step for point in history)
+
+
+@pytest.fixture(scope="module")
+def whole(project: Paths) -> tuple[str, float]:
+    """The curve and the last loss of a training that nothing happened to."""
+    figures = _train(project, "whole")
+    return (project.plots / "whole.csv").read_text(), figures["final_loss"]
+
+
+def _garble_middle(path: Path) -> None:
+    """The line end between two rows is lost, and a third row is no text."""
+    first, second, third, *rest = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(first[:-9] + second + b"\xff\xfe" + third + b"".join(rest))
+
+
+# The file, what is done to it, and what the warning says; None: nothing, for nothing is lost.
+CASES: dict[str, tuple[str, Damage, str | None]] = {
+    "curve torn": ("curve.jsonl", lambda path: path.write_bytes(path.read_bytes()[:-20]), None),
+    "curve torn further": ("curve.jsonl", lambda path: path.write_bytes(path.read_bytes() + b'{"step": 8, "lo'), None),
+    "curve garbled": ("curve.jsonl", _garble_middle, "curve.jsonl: 2 damaged lines"),
+    "curve emptied": ("curve.jsonl", lambda path: path.write_bytes(b""), None),
+    "curve of other things": (
+        "curve.jsonl",
+        lambda path: path.write_bytes(b'[1]\n{"step": "2"}\n{"loss": 0.1}\n'),
+        "curve.jsonl: 3 damaged lines",
+    ),
+    "ledger emptied": ("ledger.json", lambda path: path.write_bytes(b""), "ledger.json.damaged"),
+    "ledger a list": ("ledger.json", lambda path: path.write_text("[1, 2]"), "ledger.json.damaged"),
+    "ledger of words": (
+        "ledger.json",
+        lambda path: path.write_text('{"samples": "many", "flops_per_step": -1}'),
+        "ledger.json.damaged",
+    ),
+    "run emptied": ("run.json", lambda path: path.write_bytes(b""), "run.json.damaged"),
+    "run a list": ("run.json", lambda path: path.write_text("[" * 100_000), "run.json.damaged"),
+    "manifests lists": (
+        "checkpoints/step-00000008/manifest.json",
+        lambda path: path.write_text("[]"),
+        "step-00000008 is damaged",
+    ),
+    "manifests empty": (
+        "checkpoints/step-00000008/manifest.json",
+        lambda path: path.write_text("{}"),
+        "step-00000008 is damaged",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_it_ends_in_the_same_figures(
+    project: Paths, whole: tuple[str, float], case: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    name, damage, said = CASES[case]
+    with pytest.raises(Stopped):
+        _train(project, case, _stopping(7))
+    (folder,) = (project.work / case).glob("training-*")
+    damage(folder / name)
+    with caplog.at_level(logging.WARNING, logger="vlv"):
+        figures = _train(project, case)
+    curve, final_loss = whole
+    assert (project.plots / f"{case}.csv").read_text() == curve
+    assert figures["final_loss"] == final_loss
+    assert said is None or said in caplog.text
+    assert said is not None or "damaged" not in caplog.text
+    # One run, finished, each point once: a damaged run.json is found again in the outbox.
+    (run,) = _runs(project, case)
+    assert run.info.status == "FINISHED"
+    assert _steps(project, run) == list(range(SETTINGS.log_every, SETTINGS.steps + 1, SETTINGS.log_every))
+
+
+def test_a_training_that_is_stopped_is_killed_not_failed(project: Paths) -> None:
+    with pytest.raises(Stopped):
+        _train(project, "stopped", _stopping(3))
+    (run,) = _runs(project, "stopped")
+    assert run.info.status == "KILLED"
+
+
+def test_a_journal_whose_files_are_damaged_holds_up_nothing(project: Paths, caplog: pytest.LogCaptureFixture) -> None:
+    from vlv.tracking import outbox
+    from vlv.tracking.journal import Head, Journal
+
+    head = Head(
+        uri=tracking.prepare(project),
+        experiment="vlv",
+        artifacts=None,
+        name="damaged journal",
+        start_time=1_700_000_000_000,
+    )
+    folders = []
+    for _ in range(3):
+        journal = Journal.create(outbox.folder(project), head)
+        journal.append("metrics", step=1, values={"loss": 0.5})
+        journal.release()
+        folders.append(journal.folder)
+    (folders[0] / "head.json").write_text("[]")
+    (folders[1] / "sent.json").write_text('{"run_id": 5, "offset": -3}')
+    with (folders[2] / "journal.jsonl").open("a") as file:
+        file.write(
+            '{"op": "metrics"}\n[]\n' + json.dumps({"op": "metrics", "time": 1, "step": 2, "values": {"loss": 0.4}})
+        )
+        file.write("\n")
+    with caplog.at_level(logging.WARNING, logger="vlv"):
+        report = tracking.flush_outbox(project)
+    assert (report.delivered, report.waiting) == (2, [])
+    assert "head.json.damaged" in caplog.text and "sent.json.damaged" in caplog.text
+    assert sorted(len(_steps(project, run)) for run in _runs(project, "damaged journal")) == [1, 2]

@@ -1,0 +1,239 @@
+"""Sets of images in columns, whatever the file: parquet (readers/parquet.py) or arrow (readers/arrow.py)."""
+
+import functools
+import logging
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+
+from vlv.data.readers import captions
+from vlv.data.readers.found import Content, Found, locate, rank, shuffled, stamp
+from vlv.data.readers.names import NONE, Rule
+from vlv.data.shards import DataError
+
+logger = logging.getLogger(__name__)
+
+# Columns that hold images, or name image files, in the order in which we look.
+_IMAGES = ("image", "img", "jpg", "jpeg", "png", "webp", "image_bytes", "bytes", "pixel_values")
+PATHS = (
+    "file_name", "filename", "image_file_name", "image_path", "img_path", "image_file", "image_name", "image", "img",
+    "path", "filepath", "file_path", "file",
+)  # fmt: skip
+DAMAGE = (pa.ArrowException, OSError, ValueError)
+
+
+class ColumnsReader(ABC):
+    """Files with columns, part by part; how they are divided into parts a subclass knows.
+
+    Files and parts come in an order shuffled by `seed`, rows in theirs. Images are bytes, Hugging Face's struct of
+    bytes and path, or names of files in `images` (None: the folder of the set).
+
+    Raises:
+        DataError: no such file, one that cannot be read, or columns that cannot be told; the message lists them.
+    """
+
+    format: str
+
+    def __init__(
+        self,
+        root: Path,
+        seed: int,
+        rule: Rule,
+        image: str | None = None,
+        caption: str | None = None,
+        images: Path | None = None,
+    ) -> None:
+        self._root = root if root.is_dir() else root.parent
+        self._images = images or self._root
+        self._seed, self._rule = seed, rule
+        self._files = shuffled(self._find(root) if root.is_dir() else [root], self._root, seed)
+        if not self._files:
+            raise DataError(f"{root} has no {self.format} file")
+        self._parts: list[tuple[Path, int]] = []
+        self._total = 0
+        schema = self._survey()
+        self._image = _image_column(schema, image, root)
+        self._caption = _caption_column(schema, caption, root, self._image)
+        logger.info("%s: images from column %s, captions from column %s", root.name, self._image, self._caption or NONE)
+        names = {name.lower(): name for name in schema.names}
+        beside = [names[name] for name in ("url", "status", "error_message") if name in names]
+        chosen = [self._image, self._caption, *beside]
+        self._columns = list(dict.fromkeys(name for name in chosen if name is not None))
+
+    @abstractmethod
+    def _find(self, root: Path) -> list[Path]:
+        """The files of a folder."""
+
+    @abstractmethod
+    def _measure(self, path: Path) -> tuple[pa.Schema, int, int]:
+        """A file's schema, its number of parts and its number of rows; raises one of `DAMAGE`."""
+
+    @abstractmethod
+    def _batches(self, path: Path, part: int, columns: list[str]) -> Iterator[pa.RecordBatch]:
+        """The rows of a part, a few at a time; raises one of `DAMAGE`."""
+
+    def _survey(self) -> pa.Schema:
+        """Count rows and parts; the schema of the first file, which all must share."""
+        schema: pa.Schema | None = None
+        for path in self._files:
+            try:
+                found, parts, rows = self._measure(path)
+            except DAMAGE as error:
+                raise DataError(f"{path} cannot be read as {self.format}: {_first_line(error)}") from error
+            self._parts += [(path, part) for part in range(parts)]
+            self._total += rows
+            schema = found if schema is None else schema
+            if set(found.names) != set(schema.names):
+                raise DataError(
+                    f"{path} has the columns {', '.join(found.names)}, but {self._files[0].name} has "
+                    f"{', '.join(schema.names)}. Import sets of one form at a time."
+                )
+        self._parts.sort(key=lambda part: rank(self._seed, f"{self._name(part[0])}#{part[1]}"))
+        assert schema is not None
+        return schema
+
+    def _name(self, path: Path) -> str:
+        return path.relative_to(self._root).as_posix()
+
+    def total(self) -> int:
+        return self._total
+
+    def fingerprint(self) -> str:
+        return stamp(self._files)
+
+    def read(self, part: int = 0, skip: int = 0) -> Iterator[Found]:
+        for number, (path, group) in enumerate(self._parts[part:], part):
+            index = -1
+            try:
+                rows = (row for batch in self._batches(path, group, self._columns) for row in pylist(batch))
+                for index, row in enumerate(rows):
+                    if number > part or index >= skip:
+                        yield self._found(number, index, f"{self._name(path)}#{group}/{index}", row)
+            except DAMAGE as error:
+                yield Found(number, index + 1, f"{self._name(path)}#{group}", None, "damaged_file", _first_line(error))
+
+    def _found(self, number: int, index: int, place: str, row: dict[str, Any]) -> Found:
+        value = row[self._image]
+        image, name = (value.get("bytes"), value.get("path")) if isinstance(value, dict) else (value, None)
+        if isinstance(image, str):
+            image, name = None, image
+        if image is None:
+            status = row.get("status")
+            if isinstance(status, str) and status != "success":  # img2dataset's own parquet output
+                return Found(number, index, place, None, status, str(row.get("error_message") or "no reason given"))
+            if not isinstance(name, str):
+                return Found(number, index, place, None, "image_missing", f"column {self._image} holds no image")
+            image = locate(self._images, name)
+            if isinstance(image, tuple):
+                reason, message = image
+                return Found(number, index, place, None, reason, f"column {self._image} says {name}; {message}")
+        url = next((one for key in ("url", "URL") if isinstance(one := row.get(key), str)), name)
+        caption = row[self._caption] if self._caption is not None else None
+        return Found(number, index, place, functools.partial(self._load, image, caption, url, place))
+
+    def _load(self, image: bytes | Path, value: Any, url: str | None, place: str) -> Content:
+        data = image.read_bytes() if isinstance(image, Path) else image
+        try:
+            caption, others = captions.pick(value, self._rule, self._seed, place)
+        except ValueError as error:
+            return Content(data, None, ("caption_unreadable", str(error)), url)
+        if self._caption is not None and caption is None:
+            return Content(data, None, ("caption_missing", f"column {self._caption} has none"), url)
+        if caption is not None and not caption.strip():
+            return Content(data, None, ("caption_empty", f"column {self._caption} is empty"), url, others)
+        return Content(data, caption, None, url, others)
+
+
+def pylist(batch: pa.RecordBatch) -> list[dict[str, Any]]:
+    """The rows of a batch. Text that is not UTF-8 costs no other row: its bytes become half characters."""
+    columns = {}
+    for name, column in zip(batch.schema.names, batch.columns, strict=True):
+        kind = column.type
+        if _is_text(kind):
+            texts = column.cast(pa.large_binary()).to_pylist()
+            columns[name] = [None if one is None else one.decode("utf-8", "surrogateescape") for one in texts]
+        elif _is_list(kind) and _is_text(kind.value_type):
+            lists = column.cast(pa.large_list(pa.large_binary())).to_pylist()
+            columns[name] = [None if one is None else [_decoded(text) for text in one] for one in lists]
+        else:
+            columns[name] = column.to_pylist()
+    return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+
+
+def _decoded(text: bytes | None) -> str:
+    return "" if text is None else text.decode("utf-8", "surrogateescape")
+
+
+def listed_names(names: Iterable[str] | Mapping[str, Any]) -> str:
+    """For an error: which columns there are."""
+    return "It has: " + ", ".join(names)
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), "") or type(error).__name__
+
+
+def _image_column(schema: pa.Schema, asked: str | None, root: Path) -> str:
+    able: list[str] = [field.name for field in schema if _holds_images(field.type)]
+    texts: list[str] = [field.name for field in schema if _is_text(field.type)]
+    if asked is not None:
+        if asked not in [*able, *texts]:
+            raise DataError(f"{root}: column {asked!r} holds neither images nor names of files. {_listed(schema)}")
+        return asked
+    named = [name for wanted in _IMAGES for name in able if name.lower() == wanted]
+    if not named and not able:
+        able = [name for wanted in PATHS for name in texts if name.lower() == wanted][:1]
+    if not named and len(able) != 1:
+        raise DataError(
+            f"{root}: cannot tell which column holds the images; name it: --image-column. {_listed(schema)}"
+        )
+    return (named or able)[0]
+
+
+def _holds_images(kind: pa.DataType) -> bool:
+    """Bytes, or Hugging Face's form: a struct of bytes and path."""
+    if pa.types.is_struct(kind):
+        return any(kind.field(i).name == "bytes" for i in range(kind.num_fields))
+    return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind))
+
+
+def _caption_column(schema: pa.Schema, asked: str | None, root: Path, image: str) -> str | None:
+    if asked == NONE:
+        return None
+    able: list[str] = [field.name for field in schema if field.name != image and _holds_captions(field.type)]
+    if asked is not None:
+        if asked not in able:
+            raise DataError(f"{root}: column {asked!r} holds no text. {_listed(schema)}")
+        return asked
+    named = [name for wanted in captions.NAMES for name in able if name.lower() == wanted]
+    if not named:
+        raise DataError(
+            f"{root}: cannot tell which column holds the captions; name it: --caption-column NAME, or "
+            f"--caption-column {NONE}. {_listed(schema)}"
+        )
+    return named[0]
+
+
+def _holds_captions(kind: pa.DataType) -> bool:
+    """Text, a list of texts, or LLaVA's conversation: a list of structs of from and value."""
+    if not _is_list(kind):
+        return _is_text(kind)
+    inner = kind.value_type
+    if pa.types.is_struct(inner):
+        return {"from", "value"} <= {inner.field(i).name for i in range(inner.num_fields)}
+    return _is_text(inner)
+
+
+def _is_text(kind: pa.DataType) -> bool:
+    return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind))
+
+
+def _is_list(kind: pa.DataType) -> bool:
+    return bool(pa.types.is_list(kind) or pa.types.is_large_list(kind))
+
+
+def _listed(schema: pa.Schema) -> str:
+    return listed_names(f"{field.name} ({field.type})" for field in schema)

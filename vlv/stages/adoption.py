@@ -1,0 +1,79 @@
+"""Going on with a training that other code began.
+
+A training belongs to its code: after a change of code that decides a number, a stage begins anew, so that its result
+is that of one code. Where days are at stake and the change is known to be harmless, an unfinished training can be
+adopted; what differed is then written into the stage's figures.
+"""
+
+import logging
+import shutil
+from pathlib import Path
+from typing import Any
+
+from vlv import config, files
+from vlv.config import ConfigError, Paths
+from vlv.stages import lineage
+from vlv.stages.lineage import Origin
+from vlv.training import checkpoint
+
+log = logging.getLogger(__name__)
+
+_FILE = "origin.json"
+
+
+def begin(training: Path, origin: Origin) -> list[dict[str, Any]]:
+    """Note in a training's folder what decides it; returns how it was adopted, oldest first.
+
+    Another unfinished training that only other code keeps apart is named in a warning.
+    """
+    path = training / _FILE
+    if path.exists():
+        adopted: list[dict[str, Any]] = files.read_json(path)["adopted"]
+        return adopted
+    for old, step in _others(training, origin):
+        log.warning(
+            "%s stopped at step %d and was begun by other code. To go on from it: vlv run %s --adopt",
+            old, step, training.parent.name,
+        )  # fmt: skip
+    files.write_json(path, {"code": origin.code, "rest": origin.rest, "adopted": []})
+    return []
+
+
+def adopt(stage: str, paths: Paths) -> Path:
+    """Let the present code go on with the unfinished training of a stage that is furthest; returns its folder.
+
+    Raises:
+        ConfigError: no unfinished training has these settings, parts and data, or the present code has begun one.
+    """
+    origin = lineage.origin(stage, config.load(paths), paths)
+    target = paths.work / stage / f"training-{origin.input_hash[:12]}"
+    if checkpoint.newest(target / "checkpoints"):
+        raise ConfigError(f"{target} is a training by the present code already: it goes on by itself")
+    others = sorted(_others(target, origin), key=lambda other: other[1])
+    if not others:
+        raise ConfigError(
+            f"{target.parent} has no unfinished training with these settings, pretrained parts and data. "
+            f"Begin one with: dvc repro {stage}"
+        )
+    old, step = others[-1]
+    with files.folder_lock(old, "adoption"):
+        before: dict[str, Any] = files.read_json(old / _FILE)
+        names = {*before["code"], *origin.code}
+        changed = sorted(name for name in names if before["code"].get(name) != origin.code.get(name))
+        adopted = [*before["adopted"], {"step": step, "changed": changed}]
+        files.write_json(old / _FILE, {"code": origin.code, "rest": origin.rest, "adopted": adopted})
+    with files.folder_lock(target, "adoption"):
+        shutil.rmtree(target)  # begun, without a checkpoint
+    old.replace(target)
+    return target
+
+
+def _others(training: Path, origin: Origin) -> list[tuple[Path, int]]:
+    """Unfinished trainings beside `training` with the same settings, parts and data, and their steps."""
+    found = []
+    for folder in training.parent.glob("training-*"):
+        path = folder / _FILE
+        if folder != training and path.exists() and files.read_json(path)["rest"] == origin.rest:
+            step = checkpoint.newest(folder / "checkpoints")
+            found += [(folder, step)] if step else []
+    return found
