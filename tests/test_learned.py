@@ -131,6 +131,7 @@ def register(project: Paths, tmp_path: Path) -> Register:
     return make
 
 
+@pytest.mark.slow
 def test_evaluation_names_a_model_that_is_not_better_than_shuffled(project: Paths) -> None:
     measured = files.read_json(project.metrics / "evaluate.json")
     assert set(measured["not_better_than_shuffled"]) >= {"captions.similarity"}
@@ -145,6 +146,7 @@ def test_evaluation_names_a_model_that_is_not_better_than_shuffled(project: Path
     assert registry.lineage(project)["not_better_than_shuffled"].startswith("captions.similarity")
 
 
+@pytest.mark.slow
 def test_with_a_known_truth_it_is_named_and_refused_as_well(scene_data: Path, sentence_model: Path) -> None:
     paths = _bare(scene_data.parent)
     measured = evaluate.run(_trained(paths, sentence_model), paths)
@@ -160,6 +162,7 @@ def test_with_a_known_truth_it_is_named_and_refused_as_well(scene_data: Path, se
     assert any(one.startswith("scenes.versus_shuffled.object_recall.low is ") for one in failures)
 
 
+@pytest.mark.slow
 def test_the_report_says_so(project: Paths) -> None:
     (sentence, *_) = report.not_better_than_shuffled(project)
     assert sentence.startswith("captions.similarity is not clearly better than on shuffled images: 0.")
@@ -170,6 +173,7 @@ def test_the_report_says_so(project: Paths) -> None:
     assert report.not_better_than_shuffled(Paths(project.root / "nothing here")) == []
 
 
+@pytest.mark.slow
 def test_no_profile_name_promotes_it(project: Paths, register: Register) -> None:
     register("unlearned", files.read_json(project.metrics / "evaluate.json"))
     with pytest.raises(registry.PromotionRefused) as refused:
@@ -193,6 +197,7 @@ def _learned(sentence_model: Path) -> dict[str, Any]:
     }
 
 
+@pytest.mark.slow
 def test_a_model_that_did_learn_becomes_champion_without_a_known_truth(
     project: Paths, register: Register, sentence_model: Path
 ) -> None:

@@ -53,6 +53,7 @@ def _import(paths: Paths, capsys: pytest.CaptureFixture[str]) -> str:
     return capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_the_import_says_what_does_not_fit_and_which_profile_does(
     project: Paths, capsys: pytest.CaptureFixture[str]
 ) -> None:

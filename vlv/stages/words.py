@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from vlv import assets, config
+from vlv import assets, config, files
 from vlv.config import Config, LanguageModel, Paths
 from vlv.data import shards
 from vlv.data.vocabulary import Coverage, coverage
@@ -73,8 +73,8 @@ def _others(settings: Config, paths: Paths) -> dict[str, LanguageModel]:
     for name in config.profiles(paths):
         path = paths.root / "configs" / f"{name}.yaml"
         try:
-            other = config.parse(path.read_text(encoding="utf-8"), str(path))
-        except (config.ConfigError, UnicodeDecodeError):
+            other = config.parse(files.read_text(path), str(path))
+        except (config.ConfigError, files.FileError):
             continue  # `vlv config use` says what is wrong with it
         if other.data.source.kind == "imported" and other.language_model != settings.language_model:
             found[name] = other.language_model
