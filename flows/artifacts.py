@@ -20,7 +20,8 @@ _MOST_BYTES = 400_000  # an artifact is a row in the server's database
 def publish(paths: Paths, outcomes: Mapping[str, Outcome], promotion: str) -> None:
     """Write the run's artifacts; a part that is not there is left out, pictures where nothing ran."""
     if tables := report.figures(paths):
-        text = "\n\n".join(table.markdown() for table in tables)
+        warnings = [f"**{sentence}**" for sentence in report.not_better_than_shuffled(paths)]
+        text = "\n\n".join([*warnings, *(table.markdown() for table in tables)])
         create_markdown_artifact(key="figures", markdown=text, description="Figures of metrics/evaluate.json")
     pictures = sorted([*paths.plots.glob("*.png"), *paths.plots.glob("*/*.png")])
     if pictures and any(outcome != "current" for outcome in outcomes.values()):

@@ -98,6 +98,12 @@ def _number(value: Any, digits: int) -> str:
     return f"{value:.{digits}f}" if isinstance(value, int | float) else "-"
 
 
+def not_better_than_shuffled(paths: Paths) -> list[str]:
+    """A sentence for each figure that is not clearly better than that of the shuffled control."""
+    found = read(paths, "evaluate").get("not_better_than_shuffled") or {}
+    return [f"{figure} is not clearly better than on shuffled images: {why}" for figure, why in found.items()]
+
+
 def headline(paths: Paths) -> dict[str, float]:
     """The figures of this run as flat metrics, for the parent run."""
     measured = read(paths, "evaluate")
@@ -143,6 +149,8 @@ def show(console: Console, paths: Paths, outcomes: Mapping[str, Outcome], second
     console.print("  ".join(f"{name}: {outcome}" for name, outcome in outcomes.items()), soft_wrap=True)
     for table in figures(paths):
         console.print(table.rich())
+    for sentence in not_better_than_shuffled(paths):
+        console.print(sentence, style="bold red", markup=False, highlight=False, soft_wrap=True)
     for example in examples(paths):
         console.print(_side_by_side(console, paths, example), end="")
         console.print(f"  written  {example.caption}", markup=False, highlight=False, soft_wrap=True)

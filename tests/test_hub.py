@@ -70,3 +70,25 @@ def test_only_what_is_loaded_is_downloaded_and_once(repositories: Path, tmp_path
     assert _resolve(tmp_path, address, "hf:owner/pipeline", "hf:owner/model@main") == [pipeline, model]  # hub is gone
     (refused,) = _resolve(tmp_path / "cache", address, "hf:owner/else")
     assert "cannot be reached" in refused
+
+
+_DESCRIBED = """
+from pathlib import Path
+from vlv import assets, config
+paths, reference = config.Paths(Path.cwd()), "hf:owner/model@main"
+print(assets.at_hand(reference, paths))
+print(assets.resolve(reference, paths, weights=False))
+print(assets.at_hand(reference, paths))
+"""
+
+
+def test_what_describes_a_model_comes_without_its_weights_and_is_then_at_hand(
+    repositories: Path, tmp_path: Path
+) -> None:
+    with hub_server.serve(repositories) as (address, served):
+        where = {"HF_ENDPOINT": address, "HF_HOME": str(tmp_path / "cache"), "HF_HUB_DISABLE_XET": "1", "NO_PROXY": "*"}
+        done = projects.run(projects.python("-c", _DESCRIBED), tmp_path, timeout=300, **where)
+        assert done.returncode == 0, done.stderr
+        before, described, after = done.stdout.split()
+        assert before == "None" and after == described
+        assert [path.name for path in Path(described).iterdir()] == ["config.json"] and served == ["config.json"]

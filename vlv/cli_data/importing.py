@@ -92,6 +92,7 @@ def import_images(
     from vlv.data.importing.recipe import Recipe
     from vlv.data.importing.splits import Shares
     from vlv.data.readers.formats import ReadOptions
+    from vlv.stages import words
 
     paths = Paths.find()
     settings = config.load(paths)
@@ -108,6 +109,8 @@ def import_images(
     )
     report = import_images(place, paths.data, wanted, workers=workers, restart=restart)
     _tell(report)
+    if told := words.misfit(settings, paths):
+        typer.secho(told, fg="yellow", err=True)
     if (paths.root / ".dvc").is_dir():
         pinning.pin(paths, report.manifest.source)
         typer.echo(f"Pinned in {pinning.POINTER} (commit it)")

@@ -38,6 +38,11 @@ class DataGate(Section):
     caption_words_max: Positive
     max_duplicate_share: Share = Field(description="share of samples whose image bytes appear elsewhere")
     captions_required: bool = Field(description="False where only Stage 1 is to be trained")
+    min_share_held: Share = Field(
+        default=0.95,
+        description="share of the captions' words, and of the captions as wholes, that the language model's tokenizer "
+        "must hold; what it does not hold can neither be learned nor written",
+    )
 
 
 class Data(Section):

@@ -1,13 +1,13 @@
 """The data gate: what Great Expectations holds the data to, before anything is trained.
 
-All expectations stand in `_for_files` and `_for_samples`; they are checked for each split, on tables that
+All expectations stand in the functions `_for_...`; they are checked for each split, on tables that
 vlv.data.inspection reads from the shards themselves. Nothing stops at the first failure: the verdict names
 each expectation that failed, and the shard and sample.
 """
 
 import importlib
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 from pydantic import BaseModel
@@ -16,6 +16,10 @@ from vlv import config, telemetry
 from vlv.data import shards
 from vlv.data.inspection import inspect
 from vlv.data.shards import DataError, Manifest
+from vlv.data.vocabulary import Coverage, Vocabulary
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 _EXAMPLES = 10
 
@@ -42,26 +46,44 @@ class Result(BaseModel):
 
 
 class Verdict(BaseModel):
-    """The gate's verdict; the same for the same data (no times in it). `samples`: by split, as read."""
+    """The gate's verdict; the same for the same data (no times in it).
+
+    `samples`: by split, as read. `vocabulary`: by split, how much of the captions the language model's tokenizer
+    holds; empty where none was given.
+    """
 
     success: bool
     samples: dict[str, int]
     results: list[Result]
+    vocabulary: dict[str, Coverage] = {}
 
     def failures(self) -> list[Result]:
         """The expectations that failed."""
         return [result for result in self.results if not result.success]
 
-    def check(self) -> None:
-        """Raise `DataError` with every failure if there is one."""
+    def check(self, remedy: str = "") -> None:
+        """Raise `DataError` with every failure if there is one, and with what can be done."""
         failed = self.failures()
         if failed:
             lines = "\n".join(f"  {result.message}" for result in failed)
-            raise DataError(f"The data gate refuses the data, {len(failed)} expectation(s) failed:\n{lines}")
+            told = f"\n{remedy}" if remedy else ""
+            raise DataError(f"The data gate refuses the data, {len(failed)} expectation(s) failed:\n{lines}{told}")
 
 
-def validate(data: Path, gate: config.DataGate, splits: list[str] | None = None) -> Verdict:
-    """Check the data against the gate; `splits` None: those of the manifest. Never raises for bad data."""
+def validate(
+    data: Path,
+    gate: config.DataGate,
+    splits: list[str] | None = None,
+    tokenizer: "PreTrainedTokenizerBase | None" = None,
+) -> Verdict:
+    """Check the data against the gate. Never raises for bad data.
+
+    Args:
+        data: the data folder.
+        gate: the bounds.
+        splits: None: those of the manifest.
+        tokenizer: the language model's; None: captions are not held to it.
+    """
     try:
         manifest = shards.read_manifest(data)
     except DataError as error:
@@ -79,15 +101,22 @@ def validate(data: Path, gate: config.DataGate, splits: list[str] | None = None)
         for split in wanted
         if split not in manifest.splits
     ]
-    found = inspect(data, manifest, present)
+    found = inspect(data, manifest, present, None if tokenizer is None else Vocabulary(tokenizer))
     checker = _Checker()
     counts: dict[str, int] = {}
     for split in present:
         samples = found.samples[found.samples["split"] == split]
         counts[split] = len(samples)
         results += checker.run(split, "file", found.files[found.files["split"] == split], _for_files())
-        results += checker.run(split, "sample", samples, _for_samples(gate, manifest))
-    return Verdict(success=all(result.success for result in results), samples=counts, results=results)
+        wanted_of_samples = _for_samples(gate, manifest)
+        if split in found.vocabulary:
+            held = found.vocabulary[split]
+            row = pd.DataFrame({"where": [str(held)], "share_of_words": [held.share_of_words]})
+            results += checker.run(split, "split", row, _for_words(gate))
+            wanted_of_samples += _for_captions(gate)
+        results += checker.run(split, "sample", samples, wanted_of_samples)
+    success = all(result.success for result in results)
+    return Verdict(success=success, samples=counts, results=results, vocabulary=found.vocabulary)
 
 
 def _expectations() -> Any:
@@ -153,6 +182,24 @@ def _for_samples(gate: config.DataGate, manifest: Manifest) -> list[Any]:
             one_size = gxe.ExpectColumnValuesToBeInSet(column=side, value_set=[size])
             chosen.append(_named(one_size, f"image_{side}", f"each image has the {side} {size}, as the manifest says"))
     return chosen
+
+
+def _for_captions(gate: config.DataGate) -> list[Any]:
+    """For each sample, where the language model's tokenizer is known."""
+    gxe, share = _expectations(), gate.min_share_held
+    held = gxe.ExpectColumnValueLengthsToBeBetween(column="unknown_words", max_value=0, mostly=share)
+    return [
+        _named(held, "captions_held", f"the language model's tokenizer holds every word of {share:.1%} of the captions")
+    ]
+
+
+def _for_words(gate: config.DataGate) -> list[Any]:
+    """For a split's words together, in one row."""
+    gxe, share = _expectations(), gate.min_share_held
+    held = gxe.ExpectColumnValuesToBeBetween(column="share_of_words", min_value=share)
+    return [
+        _named(held, "words_held", f"the language model's tokenizer holds {share:.1%} of the words of the captions")
+    ]
 
 
 def _named(expectation: Any, name: str, requirement: str) -> Any:

@@ -11,6 +11,7 @@ import pyarrow.parquet as pq
 from vlv import files, images
 from vlv.data import shards
 from vlv.data.shards import DataError, Manifest, Sample, SplitEntry
+from vlv.data.vocabulary import Count, Coverage, Vocabulary
 
 
 @dataclass
@@ -35,7 +36,8 @@ class SampleRow:
     """A sample as its bytes are, beside what its JSON and samples.parquet say. Sizes are in pixels.
 
     `duplicate_of`, `image_also_in` and `scene_also_in` name the first sample with the same image in the same
-    split, and with the same image or scene in an earlier split.
+    split, and with the same image or scene in an earlier split. `unknown_words`: those of the caption that the
+    tokenizer does not hold, "" if it holds them all; None without caption or tokenizer.
     """
 
     where: str
@@ -53,6 +55,7 @@ class SampleRow:
     mode: str | None = None
     caption: str | None = None
     caption_words: int | None = None
+    unknown_words: str | None = None
     duplicate_of: str | None = None
     image_also_in: str | None = None
     scene_also_in: str | None = None
@@ -60,18 +63,23 @@ class SampleRow:
 
 @dataclass(frozen=True)
 class Inspection:
-    """One row for each file and for each sample that could be read, of all splits."""
+    """One row for each file and for each sample that could be read, of all splits.
+
+    `vocabulary`: how much of each split's captions the tokenizer holds; empty without one.
+    """
 
     files: pd.DataFrame
     samples: pd.DataFrame
+    vocabulary: dict[str, Coverage]
 
 
-def inspect(data: Path, manifest: Manifest, splits: list[str]) -> Inspection:
+def inspect(data: Path, manifest: Manifest, splits: list[str], vocabulary: Vocabulary | None = None) -> Inspection:
     """Read every shard and table of the splits; one sample's pixels in memory at a time."""
-    inspector = _Inspector(data)
+    inspector = _Inspector(data, vocabulary)
     for split in splits:
         inspector.split(split, manifest.splits[split])
-    return Inspection(_frame(FileRow, inspector.files), _frame(SampleRow, inspector.samples))
+    held = {split: count.coverage() for split, count in inspector.held.items()}
+    return Inspection(_frame(FileRow, inspector.files), _frame(SampleRow, inspector.samples), held)
 
 
 def _frame(kind: type, rows: list[Any]) -> pd.DataFrame:
@@ -81,14 +89,17 @@ def _frame(kind: type, rows: list[Any]) -> pd.DataFrame:
 
 
 class _Inspector:
-    def __init__(self, data: Path) -> None:
-        self._data = data
+    def __init__(self, data: Path, vocabulary: Vocabulary | None) -> None:
+        self._data, self._vocabulary = data, vocabulary
+        self.held: dict[str, Count] = {}
         self.files: list[FileRow] = []
         self.samples: list[SampleRow] = []
         self._images: dict[str, tuple[str, str]] = {}  # image hash -> split, where it was first
         self._scenes: dict[str, tuple[str, str]] = {}
 
     def split(self, name: str, entry: SplitEntry) -> None:
+        if self._vocabulary is not None:
+            self.held[name] = Count()
         folder = self._data / name
         hashes = self._table(folder / shards.TABLE, name, entry)
         for shard in entry.shards:
@@ -139,6 +150,10 @@ class _Inspector:
         row.json_width, row.json_height = sample.meta.get("width"), sample.meta.get("height")
         row.caption = sample.caption
         row.caption_words = None if sample.caption is None else len(sample.caption.split())
+        if self._vocabulary is not None and sample.caption is not None:
+            unknown = self._vocabulary.unknown(sample.caption)
+            row.unknown_words = " ".join(unknown)
+            self.held[split].add(sample.caption, unknown)
         try:
             images.decode(sample.image)
             row.width, row.height, row.mode = images.header(sample.image)

@@ -4,6 +4,9 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
+import numpy as np
+
+from vlv.evaluation.intervals import Terms, figure
 from vlv.scenes import Scene
 
 
@@ -37,22 +40,25 @@ def score(read: Sequence[Scene], true: Sequence[Scene]) -> SceneScores:
     Raises:
         ValueError: different lengths, or nothing to compare.
     """
+    counted = terms(read, true)
+    return SceneScores(n=len(true), **{name: figure(values) for name, values in counted.items()})
+
+
+def terms(read: Sequence[Scene], true: Sequence[Scene]) -> dict[str, Terms]:
+    """Each figure of `SceneScores` as what was right and out of how many, (N, 2) over the N scenes.
+
+    Raises:
+        ValueError: different lengths, or nothing to compare.
+    """
     if len(read) != len(true) or not true:
         raise ValueError(f"{len(read)} scenes read, {len(true)} true")
-    backgrounds = exact = found = named = there = placed = 0
+    rows: dict[str, list[tuple[int, int]]] = {name: [] for name in SceneScores.__dataclass_fields__ if name != "n"}
     for seen, truth in zip(read, true, strict=True):
-        backgrounds += seen.background == truth.background
-        exact += seen == truth
-        named += len(seen.objects)
-        there += len(truth.objects)
         kinds = Counter(kind for _, kind in truth.objects) & Counter(kind for _, kind in seen.objects)
-        found += kinds.total()
-        placed += (Counter(truth.objects) & Counter(seen.objects)).total()
-    return SceneScores(
-        n=len(true),
-        background_accuracy=backgrounds / len(true),
-        object_recall=found / there,
-        object_precision=found / named if named else 0.0,
-        position_accuracy=placed / found if found else 0.0,
-        exact_match=exact / len(true),
-    )
+        found = kinds.total()
+        rows["background_accuracy"].append((seen.background == truth.background, 1))
+        rows["object_recall"].append((found, len(truth.objects)))
+        rows["object_precision"].append((found, len(seen.objects)))
+        rows["position_accuracy"].append(((Counter(truth.objects) & Counter(seen.objects)).total(), found))
+        rows["exact_match"].append((seen == truth, 1))
+    return {name: np.array(counts, dtype=np.float64) for name, counts in rows.items()}

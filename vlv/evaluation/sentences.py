@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from transformers import AutoModel, AutoTokenizer
 
+from vlv.evaluation import intervals
+
 
 class SentenceModelError(ValueError):
     """A sentence model that cannot be built; the message names the folder and what is wrong."""
@@ -44,6 +46,14 @@ class SentenceModel:
 def similarity(model: SentenceModel, written: Sequence[str], true: Sequence[str]) -> dict[str, Any]:
     """Mean cosine in [-1, 1] of each caption with its own true one, and with another image's as the floor."""
     ours, theirs = model.embed(written), model.embed(true)
-    own, another = ((x * theirs).sum(-1).mean().item() for x in (ours, ours.roll(-1, 0)))
-    floors = {"shuffled": {"similarity": round(another, 4)}}
-    return {"n": len(written), "similarity": round(own, 4), "floors": floors}
+    own, another = ((x * theirs).sum(-1) for x in (ours, ours.roll(-1, 0)))
+    return {
+        "n": len(written),
+        "similarity": round(own.mean().item(), 4),
+        "floors": {"shuffled": {"similarity": round(another.mean().item(), 4)}},
+        intervals.KEY: {"similarity": intervals.difference(_terms(own), _terms(another)).to_json()},
+    }
+
+
+def _terms(cosines: torch.Tensor) -> intervals.Terms:
+    return intervals.means(cosines.double().numpy())

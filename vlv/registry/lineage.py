@@ -31,9 +31,16 @@ def lineage(paths: Paths) -> dict[str, str]:
         "profile": str(_yaml(paths.params).get("profile", UNKNOWN)),
         "data_validation": UNKNOWN if verdict is None else "passed" if verdict is True else "failed",
         "evaluation_set": str(_json(paths.metrics / "evaluate.json").get("evaluation_set", UNKNOWN)),
+        "not_better_than_shuffled": _unlearned(_json(paths.metrics / "evaluate.json")),
         "flow_run_id": os.environ.get("VLV_FLOW_RUN_ID", UNKNOWN),
         "parent_run_id": os.environ.get("VLV_PARENT_RUN_ID", UNKNOWN),
     }
+
+
+def _unlearned(evaluation: dict[str, object]) -> str:
+    """The figures that are not clearly better than the shuffled control's, or "none"."""
+    found = evaluation.get("not_better_than_shuffled")
+    return UNKNOWN if not isinstance(found, dict) else ", ".join(found) or "none"
 
 
 def _dirty(root: Path) -> str:

@@ -20,16 +20,19 @@ class PolicyError(ValueError):
 
 
 class Limit(Section):
-    """Bounds of one figure, inclusive. With `relative_to` they are shares of that other figure."""
+    """Bounds of one figure. With `relative_to` they are shares of that other figure."""
 
-    min: float | None = None
-    max: float | None = None
+    min: float | None = Field(default=None, description="inclusive")
+    max: float | None = Field(default=None, description="inclusive")
+    above: float | None = Field(default=None, description="a lower bound that is itself not enough")
     relative_to: str | None = None
+    where_measured: bool = Field(default=False, description="met by a version that lacks the figure")
+    reason: str = Field(default="", description="what it means that the limit is not met, for the refusal")
 
     @model_validator(mode="after")
     def _check(self) -> "Limit":
-        if self.min is None and self.max is None:
-            raise ValueError("a limit needs min or max")
+        if self.min is None and self.max is None and self.above is None:
+            raise ValueError("a limit needs min, max or above")
         return self
 
 
@@ -94,17 +97,21 @@ def below_thresholds(policy: Policy, figures: Figures, champion: Figures | None)
     for key, limit in policy.thresholds.items():
         base = 1.0 if limit.relative_to is None else figures.get(limit.relative_to)
         value = figures.get(key)
+        reason = f" ({limit.reason})" if limit.reason else ""
         if value is None or base is None:
-            missing = key if value is None else limit.relative_to
-            failures.append(f"{missing} is not among the version's figures")
+            if value is not None or not limit.where_measured:
+                missing = key if value is None else limit.relative_to
+                failures.append(f"{missing} is not among the version's figures{reason}")
             continue
         share = "" if limit.relative_to is None else f" of {limit.relative_to} {base:.4g}"
         known = "" if champion is None or key not in champion else f"; the champion has {champion[key]:.4g}"
         # "not >=" rather than "<": a NaN meets nothing.
         if limit.min is not None and not value >= limit.min * base:
-            failures.append(f"{key} is {value:.4g}, at least {limit.min:.4g}{share} is asked for{known}")
+            failures.append(f"{key} is {value:.4g}, at least {limit.min:.4g}{share} is asked for{known}{reason}")
         if limit.max is not None and not value <= limit.max * base:
-            failures.append(f"{key} is {value:.4g}, at most {limit.max:.4g}{share} is asked for{known}")
+            failures.append(f"{key} is {value:.4g}, at most {limit.max:.4g}{share} is asked for{known}{reason}")
+        if limit.above is not None and not value > limit.above * base:
+            failures.append(f"{key} is {value:.4g}, more than {limit.above:.4g}{share} is asked for{known}{reason}")
     return failures
 
 

@@ -10,9 +10,9 @@ import torch
 from vlv import assets, files, images, scenes, tracking
 from vlv.config import Config, Paths
 from vlv.data.loader import ShardLoader
-from vlv.evaluation import frechet, report
-from vlv.evaluation.reconstruct import psnr
-from vlv.evaluation.scenes import score
+from vlv.evaluation import frechet, intervals, report
+from vlv.evaluation.reconstruct import psnr, psnr_of_each
+from vlv.evaluation.scenes import score, terms
 from vlv.evaluation.sentences import SentenceModel, similarity
 from vlv.images import Pixels
 from vlv.models import device
@@ -54,12 +54,16 @@ def run(settings: Config, paths: Paths) -> dict[str, Any]:
             sentences = SentenceModel(network, device.for_inference())
             result["captions"] = similarity(sentences, written, true)
         result["reconstruction"], drawn = _reconstructions(settings, paths, test)
+        result["not_better_than_shuffled"] = intervals.not_better(result)
+        for figure, sentence in result["not_better_than_shuffled"].items():
+            log.warning("%s is not clearly better than on shuffled images: %s", figure, sentence)
         files.write_json(paths.metrics / "evaluate.json", result)
         _write_pictures(settings, paths, test, written, drawn)
         for path in sorted(paths.plots.glob("evaluate*.png")):
             run_.log_artifact(path)
         run_.log_artifact(paths.metrics / "evaluate.json")
         run_.log_metrics(numbers(result))
+        run_.set_tags({"not_better_than_shuffled": ", ".join(result["not_better_than_shuffled"]) or "none"})
     return result
 
 
@@ -107,7 +111,9 @@ def _score_captions(settings: Config, paths: Paths, written: list[str], test: Te
         if chosen:
             result[name] = score([read[i] for i in chosen], [test.scenes[i] for i in chosen]).to_json()
     # The truth of another scene: what captions score that do not look at the image.
-    floors: dict[str, Any] = {"shuffled": score([*read[1:], read[0]], test.scenes).to_json()}
+    shuffled = [*read[1:], read[0]]
+    result[intervals.KEY] = intervals.versus(terms(read, test.scenes), terms(shuffled, test.scenes))
+    floors: dict[str, Any] = {"shuffled": score(shuffled, test.scenes).to_json()}
     alone = _write_without_image(settings, paths, len(test.scenes))
     floors["no_image"] = score([scenes.read_caption(t) for t in alone], test.scenes).to_json()
     if settings.evaluate.untrained_floor:
@@ -189,17 +195,23 @@ def _measure(
             figures |= score(judge.read(images.to_batch(pictures)), scenes_).to_json()
         return figures
 
+    def counted(pictures: list[Pixels]) -> dict[str, intervals.Terms]:
+        found = {"psnr": intervals.means(psnr_of_each(pictures, true))}
+        return found if judge is None else found | terms(judge.read(images.to_batch(pictures)), truth)
+
     by_name = {name: measure(pictures, true, truth) for name, pictures in drawn.items()}
     if network is not None and real is not None:
         for name, pictures in drawn.items():
             by_name[name]["fid"] = round(frechet.distance(frechet.features(network, pictures), real), 3)
     recon = drawn["reconstruction"]
-    shuffled = measure([*recon[1:], recon[0]], true, truth)  # its FID is that of the reconstructions
+    others = [*recon[1:], recon[0]]
+    shuffled = measure(others, true, truth)  # its FID is that of the reconstructions
     result = by_name["reconstruction"]
     for name in ("ceiling", "vae"):
         if name in by_name:
             result[name] = by_name[name]
     result["floors"] = {"shuffled": shuffled}
+    result[intervals.KEY] = intervals.versus(counted(recon), counted(others))
     if judge is not None:
         result["judge_on_real_scenes"] = score(judge.read(images.to_batch(true)), truth).to_json()
         if ceiling := by_name.get("ceiling", {}).get("object_recall"):
@@ -229,4 +241,6 @@ def _write_pictures(
     result = files.read_json_object(paths.metrics / "evaluate.json")
     if "scenes" in result:
         groups = {"captions": result["scenes"], **result["scenes"]["floors"]}
-        report.plot_scores(groups, "Captions of held-out scenes", paths.plots / "evaluate.png")
+        unlearned = [key for key in result["not_better_than_shuffled"] if key.startswith("scenes.")]
+        note = f"\nnot clearly better than on shuffled images: {', '.join(unlearned)}" if unlearned else ""
+        report.plot_scores(groups, f"Captions of held-out scenes{note}", paths.plots / "evaluate.png")

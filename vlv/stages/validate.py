@@ -5,15 +5,20 @@ from typing import Any
 from vlv import files, tracking
 from vlv.config import Config, Paths
 from vlv.data import expectations
+from vlv.stages import words
 
 
 def run(settings: Config, paths: Paths) -> dict[str, Any]:
-    """Check every shard and sample; the verdict is written before a failure is raised.
+    """Check every shard and sample, and the captions against the language model's tokenizer.
+
+    The verdict is written before a failure is raised.
 
     Raises:
         DataError: the gate is not met; the message names what and where.
+        AssetError, PretrainedError: the language model's tokenizer cannot be had.
     """
-    verdict = expectations.validate(paths.data, settings.data.gate)
+    tokenizer = words.tokenizer(settings.language_model, paths)
+    verdict = expectations.validate(paths.data, settings.data.gate, tokenizer=tokenizer)
     result: dict[str, Any] = verdict.model_dump(mode="json")
     files.write_json(paths.metrics / "validate.json", result)
     summary = paths.work / "validate" / "summary.md"
@@ -21,5 +26,6 @@ def run(settings: Config, paths: Paths) -> dict[str, Any]:
     with tracking.start_run(paths, "validate", system_metrics=False) as run_:
         run_.log_artifact(summary)
         run_.log_metrics({"success": float(verdict.success), "failures": float(len(verdict.failures()))})
-    verdict.check()
+    misfit = any(not held.holds(settings.data.gate.min_share_held) for held in verdict.vocabulary.values())
+    verdict.check(words.remedy(settings, paths) if misfit else "")
     return result

@@ -1,0 +1,113 @@
+"""Whether the captions in data/ fit the language model, and which profile has one that they fit."""
+
+from collections.abc import Iterator
+from itertools import islice
+from typing import TYPE_CHECKING
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from vlv import assets, config, files
+from vlv.config import Config, LanguageModel, Paths
+from vlv.data import shards
+from vlv.data.vocabulary import Coverage, coverage
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+_LOOKED_AT = 20_000  # captions that profiles are chosen by; the data gate looks at all of them
+
+
+def tokenizer(part: LanguageModel, paths: Paths) -> "PreTrainedTokenizerBase | None":
+    """The language model's tokenizer, fetched without the weights; None for an architecture alone.
+
+    Raises:
+        AssetError: the language model cannot be had.
+        PretrainedError: it has no tokenizer that can be read.
+    """
+    from vlv.models import loading  # torch: some seconds
+
+    return None if _wordless(part) else loading.tokenizer(assets.resolve(part.pretrained, paths, weights=False))
+
+
+def misfit(settings: Config, paths: Paths) -> str:
+    """What to tell where the captions in data/ do not fit the language model; "" where they do or there are none.
+
+    Opens no connection: a language model that is not on this machine is told as not looked at.
+    """
+    captions = _captions(paths)
+    part = settings.language_model
+    if not captions or _wordless(part):
+        return ""
+    held = _held(part, paths, captions)
+    if held is None:
+        return f"Whether the language model {part.pretrained} knows their words is seen at the run: it is not here yet."
+    if held.holds(settings.data.gate.min_share_held):
+        return ""
+    return (
+        f"The captions do not fit the language model of the profile {settings.profile}, {part.pretrained}, which "
+        f"holds {held}. The run will stop at the data gate. {remedy(settings, paths)}"
+    )
+
+
+def remedy(settings: Config, paths: Paths) -> str:
+    """Which profiles for imported images have a language model that holds the captions in data/."""
+    captions, share = _captions(paths), settings.data.gate.min_share_held
+    fitting, absent = [], []
+    for name, part in _others(settings, paths).items() if captions else ():
+        held = _held(part, paths, captions)
+        if held is None:
+            absent.append(f"{name} ({part.pretrained})")
+        elif held.holds(share):
+            fitting.append(name)
+    told = [f"Profiles whose language model knows the words: {', '.join(fitting)}."] if fitting else []
+    told += [f"Not looked at, since the language model is not on this machine: {', '.join(absent)}."] if absent else []
+    return " ".join(
+        [*told, "Choose one with: vlv config use NAME, and import again (its images may have another size)."]
+    )
+
+
+def _others(settings: Config, paths: Paths) -> dict[str, LanguageModel]:
+    """The other language models of profiles for imported images, by profile."""
+    found = {}
+    for name in config.profiles(paths):
+        path = paths.root / "configs" / f"{name}.yaml"
+        try:
+            other = config.parse(files.read_text(path), str(path))
+        except (config.ConfigError, files.FileError):
+            continue  # `vlv config use` says what is wrong with it
+        if other.data.source.kind == "imported" and other.language_model != settings.language_model:
+            found[name] = other.language_model
+    return found
+
+
+def _wordless(part: LanguageModel) -> bool:
+    return part.weights == "random" and part.architecture is not None
+
+
+def _held(part: LanguageModel, paths: Paths, captions: list[str]) -> Coverage | None:
+    """How much of the captions a language model holds; None if it is not on this machine."""
+    from vlv.models import loading
+
+    try:
+        folder = assets.at_hand(part.pretrained, paths)
+        return None if folder is None else coverage(loading.tokenizer(folder), captions)
+    except (assets.AssetError, loading.PretrainedError):  # no such reference; no tokenizer in the folder
+        return None
+
+
+def _captions(paths: Paths) -> list[str]:
+    """The first captions of the training images in data/ (an import has shuffled them); none of a damaged table."""
+    try:
+        return list(islice(_read(paths), _LOOKED_AT))
+    except (OSError, pa.ArrowException, ValueError):
+        return []
+
+
+def _read(paths: Paths) -> Iterator[str]:
+    table = paths.data / "train" / shards.TABLE
+    with pq.ParquetFile(table) as file:
+        for batch in file.iter_batches(columns=["caption", "status"]):
+            for row in batch.to_pylist():
+                if row["status"] == "success" and row["caption"]:
+                    yield row["caption"]
