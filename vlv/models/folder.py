@@ -8,13 +8,13 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypedDict
 
 import safetensors
 import safetensors.torch
 import torch
 from pydantic import TypeAdapter, ValidationError
 from torch import nn
+from typing_extensions import TypedDict  # pydantic needs it before Python 3.12
 
 from vlv import assets, files
 from vlv.config import Config, Paths
