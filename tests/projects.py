@@ -9,6 +9,7 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import yaml
 
 from vlv import files, telemetry
@@ -134,6 +135,23 @@ def smoke(folder: Path, sprites: Path) -> Path:
     (folder / "params.yaml").write_text(text, encoding="utf-8")
     commit(folder, "smoke")
     return folder
+
+
+def group_members(group: int) -> list[int]:
+    """The processes of a process group that still run."""
+    found = []
+    for process in psutil.process_iter():
+        try:
+            if os.getpgid(process.pid) == group and process.status() != psutil.STATUS_ZOMBIE:
+                found.append(process.pid)
+        except (ProcessLookupError, psutil.Error):
+            continue
+    return found
+
+
+def signal_group(process: "subprocess.Popen[bytes]", number: signal.Signals) -> None:
+    """Send a signal to all processes of the group that `process` leads."""
+    os.killpg(process.pid, number)
 
 
 def kill_after(project: Path, stage: str, lines: int, seconds: float = 0.0) -> bool:

@@ -128,7 +128,7 @@ def test_defaults_and_parts_are_inputs_and_cards_are_not(tmp_path: Path) -> None
     weights = tmp_path / "pretrained/tiny/language_model/model.safetensors"
     weights.write_bytes(weights.read_bytes() + b" ")
     after = inputs()
-    assert {stage for stage in before if before[stage] != after[stage]} == {"stage2", "evaluate"}
+    assert {stage for stage in before if before[stage] != after[stage]} == {"stage2", "evaluate", "validate"}
 
 
 def test_the_graph_depends_on_the_inputs_and_settings_of_the_library() -> None:

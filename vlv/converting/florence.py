@@ -5,8 +5,10 @@ script (models/florence2/convert_florence2_original_pytorch_to_hf.py) and is wri
 """
 
 from pathlib import Path
+from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from transformers import BartConfig, Florence2Config, Florence2ForConditionalGeneration
 
 from vlv import files
@@ -92,7 +94,7 @@ def configuration(path: Path) -> Florence2Config:
     """Microsoft's config.json as transformers' configuration.
 
     Raises:
-        ConversionError: a key that is not known, or a value that the native class does not have.
+        ConversionError: a key that is missing or not known, or a value that the native class does not have.
     """
     if not path.exists():
         raise ConversionError(f"{path} does not exist: give the folder that the hub's repository was fetched to.")
@@ -100,7 +102,15 @@ def configuration(path: Path) -> Florence2Config:
     described = value.get("vision_config")
     if value.get("model_type") != "florence2" or not isinstance(described, dict) or "dim_embed" not in described:
         raise ConversionError(f"{path} is not of a Florence-2 in Microsoft's layout.")
-    vision = dict(value["vision_config"])
+    try:
+        return _native(path, dict(described), value["text_config"])
+    except KeyError as error:
+        raise ConversionError(f"{path} lacks the key {error}. {_FETCH}") from error
+    except (TypeError, AttributeError, ValueError, StrictDataclassError) as error:
+        raise ConversionError(f"{path} has a value of a wrong kind ({error}). {_FETCH}") from error
+
+
+def _native(path: Path, vision: dict[str, Any], text_config: dict[str, Any]) -> Florence2Config:
     temporal, positions = vision.pop("visual_temporal_embedding"), vision.pop("image_pos_embed")
     given = {
         "image_feature_source": vision.pop("image_feature_source"),
@@ -118,7 +128,7 @@ def configuration(path: Path) -> Florence2Config:
         "max_position_embeddings": positions["max_pos_embeddings"],
     }
     known = BartConfig().to_dict().keys() - {"model_type"}
-    text = {key: setting for key, setting in value["text_config"].items() if key in known}
+    text = {key: setting for key, setting in text_config.items() if key in known}
     return Florence2Config(
         vision_config=native, text_config={**text, "model_type": "bart"}, image_token_id=text["vocab_size"]
     )

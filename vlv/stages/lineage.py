@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 # What each stage reads of the configuration. tests/test_closure.py holds dvc.yaml to it.
 _BUILT = ["data.image_size", "data.resize", "decoder", "encoder"]
 SETTINGS = {
-    "validate": ["data"],
+    "validate": ["data", "language_model"],
     "stage1": [*_BUILT, "stage1"],
     "stage2": [*_BUILT, "language_model", "stage1", "stage2"],
     "evaluate": [*_BUILT, "language_model", "profile", "stage1", "stage2", "evaluate"],

@@ -26,6 +26,8 @@ def run(settings: Config, paths: Paths) -> dict[str, Any]:
     with tracking.start_run(paths, "validate", system_metrics=False) as run_:
         run_.log_artifact(summary)
         run_.log_metrics({"success": float(verdict.success), "failures": float(len(verdict.failures()))})
+    # What the trainings depend on: passed or not, so that another expectation makes no training stale.
+    files.write_json(paths.work / "validate" / "verdict.json", {"success": verdict.success})
     misfit = any(not held.holds(settings.data.gate.min_share_held) for held in verdict.vocabulary.values())
     verdict.check(words.remedy(settings, paths) if misfit else "")
     return result

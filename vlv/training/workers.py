@@ -30,6 +30,7 @@ log = logging.getLogger(__name__)
 _GRACE_SECONDS = 20.0  # to leave after another worker died; it may be stuck in a collective
 _ORPHAN_SECONDS = 30.0  # to save after the parent died
 _TAIL_LINES = 15
+_MOST_PROCESSES = 1024  # on one machine
 _REPORTS, _PARENT = "VLV_WORKER_REPORTS", "VLV_WORKER_PARENT"
 
 
@@ -86,8 +87,14 @@ def read_plan(launch: Path) -> dict[str, Any]:
         plan = files.read_yaml_mapping(launch, "See configs/accelerate for files that do.")
     except files.FileError as error:
         raise ConfigError(f"compute.launch: {error}") from error
-    if not isinstance(plan.get("num_processes"), int) or plan["num_processes"] < 1:
-        raise ConfigError(f"{launch} names no num_processes; see configs/accelerate for files that do")
+    count = plan.get("num_processes")
+    if not isinstance(count, int) or not 1 <= count <= _MOST_PROCESSES:
+        raise ConfigError(
+            f"{launch} names no num_processes from 1 to {_MOST_PROCESSES}; see configs/accelerate for files that do"
+        )
+    for section in ("fsdp_config", "deepspeed_config"):
+        if not isinstance(plan.get(section, {}), dict):
+            raise ConfigError(f"{launch}: {section} holds no keys and values; see configs/accelerate for files that do")
     if plan.get("num_machines", 1) != 1:
         raise ConfigError(
             f"{launch} is for {plan['num_machines']} machines. Leave compute.launch empty and start the stage on each "
@@ -102,7 +109,7 @@ def plan_variables(plan: dict[str, Any]) -> dict[str, str]:
     def text(value: object) -> str:
         return str(value).lower() if isinstance(value, bool) else str(value)
 
-    kind = plan.get("distributed_type", "NO")
+    kind = str(plan.get("distributed_type", "NO"))
     variables = {"ACCELERATE_USE_CPU": text(bool(plan.get("use_cpu", False)))}
     if kind == "FSDP":
         variables["ACCELERATE_USE_FSDP"] = "true"

@@ -1,0 +1,1 @@
+"""The campaign against faults: what a maintainer runs before a release. `python -m tests.campaign --help`."""
