@@ -43,7 +43,8 @@ def plan(
     images: Annotated[int | None, typer.Option(min=1, help="Different images, for the caches' cost.")] = None,
     caption_tokens: Annotated[int | None, typer.Option(min=1, help="Length in Stage 2; without: the limit.")] = None,
     fit_only: Annotated[
-        bool, typer.Option("--fit", help="Only whether both stages fit; exit code 1 if one does not. Takes a third.")
+        bool,
+        typer.Option("--fit", help="Only whether both stages fit; exit code 1 if one does not. Takes half the time."),
     ] = False,
     changes: _Changes = None,
     json: _Json = None,
@@ -58,14 +59,23 @@ def plan(
     """
     from vlv.planning import count as counts
     from vlv.planning import gpus, machines, report
-    from vlv.planning.forecast import forecast
+    from vlv.planning.forecast import Machine, forecast
 
     paths = Paths.find()
     settings = _settings(paths, config_, changes)
-    given = {"gpu": gpus.find(gpu) if gpu else None, "count": count, "sharding": sharding and sharding.value}
-    wanted = {key: value for key, value in given.items() if value is not None}
-    wanted |= {"utilisation": utilisation, "price": price, "tf32": tf32}
-    one, two = (replace(machines.machine(settings, paths, name), **wanted) for name in machines.STAGES)
+
+    def machine_of(stage: machines.StageName) -> Machine:
+        configured = machines.machine(settings, paths, stage)
+        return Machine(
+            gpus.find(gpu) if gpu else configured.gpu,
+            count or configured.count,
+            utilisation,
+            price,
+            sharding.value if sharding else configured.sharding,
+            tf32,
+        )
+
+    one, two = machine_of("stage1"), machine_of("stage2")
     console = Console()
     console = console if console.is_terminal else Console(width=140)
     if fit_only:

@@ -1,7 +1,6 @@
 """What each stage costs, counted on stand-ins: by module, and the most memory a step takes at once."""
 
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 
 import torch
@@ -54,14 +53,12 @@ class Stage:
     """A stage, counted.
 
     Attributes:
-        modules: in the order they run; a sample is one image with its draws (Stage 1), one pair (Stage 2). Empty
-            where only the memory was asked for.
+        modules: in the order they run; a sample is one image with its draws (Stage 1), one pair (Stage 2).
         settings: the stage's section of the configuration.
         samples: encoded images or pairs in one optimizer step, over all processes.
         weights: bytes of all parameters and buffers on a GPU. learning: parameters that learn.
         live: the most bytes that a step (forward and backward) holds at once beside weights and optimizer. Exact at
-            the micro-batch that was asked for and at half of it; a line between and beyond. Without `modules` it is
-            known at that micro-batch alone.
+            the micro-batch that was asked for and at half of it; a line between and beyond.
     """
 
     name: str
@@ -95,13 +92,13 @@ def stage1(
     micro: int = 1,
     recompute: Sequence[str] | None = None,
     *,
-    by_module: bool = True,
+    flops: bool = True,
 ) -> Stage:
     """Count Stage 1 for a micro-batch of `micro` samples.
 
     Args:
         recompute: names the modules that are computed twice (None: as configured).
-        by_module: False measures the memory of the step only, in a third of the time.
+        flops: False leaves FLOPs away and has memory at `micro` samples only; takes half of the time.
     """
     s = settings.stage1
     prepared = [n for n, cached in ((steps.VAE, s.cache_latents), (steps.TOWER, s.cache_features)) if cached]
@@ -118,7 +115,7 @@ def stage1(
     subject = _Subject(
         step, mode, prepared, [model], lambda: models.recompute_autoencoder(model, target, s.precision)
     )  # fmt: skip
-    modules, live = _measure(subject, target, s, micro, recompute) if by_module else _live(subject, target, s, micro)
+    modules, live = (_measure if flops else _measure_memory)(subject, target, s, micro, recompute)
     return Stage("stage1", modules, s, s.batch_size // s.draws_per_image, _bytes([model]), _learning([model]), live)
 
 
@@ -129,11 +126,11 @@ def stage2(
     micro: int = 1,
     caption_tokens: int | None = None,
     *,
-    by_module: bool = True,
+    flops: bool = True,
 ) -> Stage:
     """Count Stage 2 with captions of `caption_tokens` (None: the longest that the configuration allows).
 
-    `by_module`: as in `stage1`.
+    `flops`: as in `stage1`.
     """
     s = settings.stage2
     recompute = RECOMPUTED if s.gradient_checkpointing else ()
@@ -157,7 +154,7 @@ def stage2(
             models.recompute_encoder(whole, target, s.precision)
 
     subject = _Subject(step, mode, prepared, [whole, prefix, language_model], redo)
-    modules, live = _measure(subject, target, s, micro, recompute) if by_module else _live(subject, target, s, micro)
+    modules, live = (_measure if flops else _measure_memory)(subject, target, s, micro, recompute)
     held = [whole.encoder, whole.decoder.conditioner, prefix, language_model]
     return Stage("stage2", modules, s, s.batch_size, _bytes(held), _learning(held), live)
 
@@ -199,27 +196,17 @@ def _measure(
     return modules, Line.through(*peaks)
 
 
-class _AllPrepared(Exception):
-    """What is prepared comes first in a step, and all of it has been seen."""
-
-
-def _live(subject: _Subject, target: Target, settings: Training, micro: int) -> tuple[list[Module], Line]:
-    """The memory of a step of `micro` samples, and no modules."""
-    outputs: dict[str, torch.Tensor] = {}
-
-    def record(name: str, parts: Parts, run: Run, *inputs: torch.Tensor) -> torch.Tensor:
-        if len(outputs) == len(subject.prepared):
-            raise _AllPrepared
-        output = run(*inputs)
-        if name in subject.prepared:
-            outputs[name] = output
-        return output
-
-    with torch.no_grad(), subject.mode, on_target(target, settings.precision), suppress(_AllPrepared):
-        subject.step(1, record)
+def _measure_memory(
+    subject: _Subject, target: Target, settings: Training, micro: int, recompute: Sequence[str]
+) -> tuple[list[Module], Line]:
+    """The same bytes at `micro` samples as `_measure` has, nothing at another number, and no FLOPs."""
+    counter = Counter(recompute, subject.prepared, flops=False)
+    with subject.mode, on_target(target, settings.precision):
+        subject.step(micro, counter)
     if settings.gradient_checkpointing:
         subject.redo()
-    return [], Line(_peak(subject, target, settings, micro, outputs), 0)
+    modules = [Module(cost, Line(cost.kept_whole, 0), Line(cost.kept_recomputed, 0)) for cost in counter.costs]
+    return modules, Line(_peak(subject, target, settings, micro, counter.outputs), 0)
 
 
 def _peak(subject: _Subject, target: Target, settings: Training, samples: int, outputs: dict[str, torch.Tensor]) -> int:
@@ -231,18 +218,18 @@ def _peak(subject: _Subject, target: Target, settings: Training, samples: int, o
         del loss
     for module in subject.learners:
         module.zero_grad()
-    return live.peak
+    return int(live.peak)
 
 
 class _Cached:
-    """A `Recorder` that runs the step as it is, with the prepared modules' outputs (of one sample) there already."""
+    """A `Recorder` that runs the step as it is, with the prepared modules' outputs there already."""
 
     def __init__(self, outputs: dict[str, torch.Tensor]) -> None:
         self._outputs = outputs
 
     def __call__(self, name: str, parts: Parts, run: Run, *inputs: torch.Tensor) -> torch.Tensor:
         if name in self._outputs:
-            cached = self._outputs[name]
+            cached = self._outputs[name]  # of another number of samples
             return torch.empty(len(inputs[0]), *cached.shape[1:], dtype=cached.dtype)
         return straight(name, parts, run, *inputs)
 

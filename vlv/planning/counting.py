@@ -7,6 +7,7 @@ they lead to something that learns, gradients of weights only where the weights 
 
 import weakref
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -80,12 +81,13 @@ class Counter:
     Args:
         recompute: names of the modules that gradient checkpointing covers.
         prepared: names of the modules whose outputs are cached.
+        flops: False counts bytes and parameters only, and runs no backward pass.
     """
 
-    def __init__(self, recompute: Sequence[str] = (), prepared: Sequence[str] = ()) -> None:
+    def __init__(self, recompute: Sequence[str] = (), prepared: Sequence[str] = (), *, flops: bool = True) -> None:
         self.costs: list[Cost] = []
         self.outputs: dict[str, torch.Tensor] = {}  # of the prepared modules
-        self._recompute, self._prepared = recompute, prepared
+        self._recompute, self._prepared, self._flops = recompute, prepared, flops
 
     def __call__(self, name: str, parts: Parts, run: Run, *inputs: torch.Tensor) -> torch.Tensor:
         parameters = _parameters(parts)
@@ -93,10 +95,11 @@ class Counter:
         leaves = [x.detach().requires_grad_(x.requires_grad) for x in inputs]
         blocks = [m for part in parts if isinstance(part, nn.Module) for m in part.modules() if isinstance(m, BLOCKS)]
         kept = Kept(parameters, blocks)
-        with _counting() as forward, kept:
+        forward = _counting()
+        with forward if self._flops else nullcontext(), kept:
             output = run(*leaves)
         backward = 0
-        if output.requires_grad:
+        if self._flops and output.requires_grad:
             wanted = [x for x in leaves if x.requires_grad] + learning
             with _counting() as counted:
                 torch.autograd.grad(output, wanted, torch.empty_like(output), allow_unused=True)

@@ -71,7 +71,9 @@ class Fit:
 def fit(settings: Config, paths: Paths, stage: StageName, machine: Machine) -> Fit:
     """Simulate one step of the stage, for its memory alone."""
     micro = micro_batch(settings, stage, machine)
-    counts = {"stage1": count.stage1, "stage2": count.stage2}
-    counted = counts[stage](settings, paths, "gpu", micro, by_module=False)
+    if stage == "stage1":
+        counted = count.stage1(settings, paths, "gpu", micro, flops=False)
+    else:
+        counted = count.stage2(settings, paths, "gpu", micro, flops=False)
     peak = memory(counted, micro, machine.count, machine.sharding).peak
     return Fit(stage, machine, micro, peak, usable(machine.gpu))
