@@ -11,13 +11,13 @@
 # make clean        remove the environment and caches; data, results and the model store stay
 #
 # PYTHON=python3.12      another interpreter (3.11 or 3.12)
-# PROFILE=smoke          another profile of configs/
+# PROFILE=smoke          another profile of configs/ than the one in params.yaml
 # TORCH_OPTIONS=...      options for pip when it installs torch, such as an index that has CPU builds: pip's own
 #                        choice on Linux may be a CUDA build of several GB, which works as well
 # UV=                    install with pip although uv is there (uv has an index configuration of its own)
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || command -v python3)
-PROFILE ?= tiny
+PROFILE ?= $(or $(shell sed -n 's/^profile: //p' params.yaml 2>/dev/null),tiny)
 SET ?=
 TORCH_OPTIONS ?=
 UV ?= $(shell command -v uv)

@@ -4,8 +4,10 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
+import yaml
 
 from tests import photographs
+from tests.conftest import ROOT
 from vlv import cli, files, pinning
 from vlv.config import Paths
 
@@ -18,6 +20,13 @@ def _vlv(*arguments: str) -> int:
     with pytest.raises(SystemExit) as ended:
         cli.app(list(arguments), prog_name="vlv")
     return int(ended.value.code or 0)
+
+
+def _promised() -> list[str]:
+    """All that dvc.yaml says the stages leave."""
+    graph = yaml.safe_load((ROOT / "dvc.yaml").read_text(encoding="utf-8"))
+    kinds = [stage.get(kind, []) for stage in graph["stages"].values() for kind in ("outs", "metrics", "plots")]
+    return [next(iter(entry)) if isinstance(entry, dict) else entry for entries in kinds for entry in entries]
 
 
 @pytest.fixture(scope="module")
@@ -56,6 +65,7 @@ def test_from_the_import_to_the_registry(
     assert -1 <= evaluated["captions"]["similarity"] <= 1
     assert {"ceiling", "vae", "floors"} <= set(evaluated["reconstruction"])
     assert registered["stage1"]["version"] == registered["stage2"]["version"] == 1
+    assert [path for path in _promised() if not (project / path).exists()] == [], "dvc repro would miss them"
 
 
 def test_without_an_import_the_error_names_it(

@@ -45,7 +45,8 @@ def test_memory_alone_is_that_of_the_whole_plan(paths: Paths) -> None:
     for counts in (count.stage1, count.stage2):
         whole, alone = counts(smoke, paths, "gpu", 4), counts(smoke, paths, "gpu", 4, flops=False)
         assert (alone.weights, alone.learning) == (whole.weights, whole.learning)
-        assert memory(alone, 4, 2, "full").peak == memory(whole, 4, 2, "full").peak
+        # The whole plan draws a line through one and two samples for what is kept, which is not quite one.
+        assert memory(alone, 4, 2, "full").peak == pytest.approx(memory(whole, 4, 2, "full").peak, rel=1e-3)
 
 
 def _for(compute: Compute) -> config.Config:

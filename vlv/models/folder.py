@@ -19,6 +19,9 @@ from typing_extensions import TypedDict  # pydantic takes typing's own from Pyth
 from vlv import assets, files
 from vlv.config import Config, Paths
 
+# Sections that say where and how a training ran, and nothing about the model: without them the same model is the same
+# files on every machine.
+_MACHINE = {"compute", "tracking"}
 CONFIG, WEIGHTS, CARD, PARTS = "config.json", "model.safetensors", "README.md", "parts"
 
 
@@ -65,7 +68,11 @@ def save(
         safetensors.torch.save_file(contents, temporary / WEIGHTS, metadata={"format": "pt"})
         files.write_json(
             temporary / CONFIG,
-            {"format": f"vlv-{kind}-1", "config": config.model_dump(mode="json", by_alias=True), "parts": described},
+            {
+                "format": f"vlv-{kind}-1",
+                "config": config.model_dump(mode="json", by_alias=True, exclude=_MACHINE),
+                "parts": described,
+            },
         )
         files.write_text(temporary / CARD, card)
 

@@ -199,7 +199,7 @@ def _measure(
 def _measure_memory(
     subject: _Subject, target: Target, settings: Training, micro: int, recompute: Sequence[str]
 ) -> tuple[list[Module], Line]:
-    """The same bytes at `micro` samples as `_measure` has, nothing at another number, and no FLOPs."""
+    """As `_measure`, but bytes alone, and at `micro` samples alone."""
     counter = Counter(recompute, subject.prepared, flops=False)
     with subject.mode, on_target(target, settings.precision):
         subject.step(micro, counter)
