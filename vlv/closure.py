@@ -30,6 +30,7 @@ NEUTRAL = (
     "vlv.stages.adoption",
     "vlv.files",  # moves bytes; a number that passes through it is written and read as it is
     "vlv.tracking",  # MLflow's records
+    "vlv.telemetry",  # switches of libraries
     "vlv.progress",  # the screen
     "vlv.evaluation.report",  # plots and cards
     "vlv.training.energy",  # costs
