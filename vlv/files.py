@@ -182,7 +182,7 @@ def parse_yaml(text: str, name: str, remedy: str = _REMEDY) -> Any:
 class _YamlLoader(yaml.SafeLoader):
     """The safe loader, except that a key stands once."""
 
-    def compose_mapping_node(self, anchor: str | None) -> yaml.MappingNode:
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
         node = super().compose_mapping_node(anchor)
         seen: set[tuple[str, str]] = set()
         for key, _ in node.value:

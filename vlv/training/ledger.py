@@ -26,12 +26,12 @@ class Sums(Section):
             until they were counted.
     """
 
-    sessions: int = Field(0, ge=0)
-    device_seconds: float = Field(0.0, ge=0, allow_inf_nan=False)
-    samples: int = Field(0, ge=0)
-    flops: int = Field(0, ge=0)
-    flops_per_step: int | None = Field(None, gt=0)
-    energy_joules: float | None = Field(None, allow_inf_nan=False)
+    sessions: int = Field(default=0, ge=0)
+    device_seconds: float = Field(default=0.0, ge=0, allow_inf_nan=False)
+    samples: int = Field(default=0, ge=0)
+    flops: int = Field(default=0, ge=0)
+    flops_per_step: int | None = Field(default=None, gt=0)
+    energy_joules: float | None = Field(default=None, allow_inf_nan=False)
 
 
 class Ledger:
