@@ -151,12 +151,13 @@ def processor_statistics(folder: Path) -> tuple[list[float], list[float]]:
     if not path.exists():
         return [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
     config = files.read_json_object(path)
-    statistics: list[Any] = [config.get("image_mean"), config.get("image_std")]
-    for values in statistics:
-        if not isinstance(values, list) or len(values) != 3 or not all(isinstance(v, int | float) for v in values):
-            raise files.FileError(f"{path}: image_mean and image_std must be three numbers each. Restore it.")
-    mean, std = statistics
-    return mean, std
+    return _three(config.get("image_mean"), path), _three(config.get("image_std"), path)
+
+
+def _three(values: object, path: Path) -> list[float]:
+    if not isinstance(values, list) or len(values) != 3 or not all(isinstance(v, int | float) for v in values):
+        raise files.FileError(f"{path}: image_mean and image_std must be three numbers each. Restore it.")
+    return values
 
 
 def tokenize_prompt(tokenizer: PreTrainedTokenizerBase | None, prompt: str) -> list[int]:
