@@ -30,8 +30,8 @@ def test_hostile_files_are_held_and_faults_are_seen(tmp_path: Path) -> None:
     project = projects.bare(tmp_path / "project")
     env = projects.environment(OMP_NUM_THREADS="1")
     done = subprocess.run(
-        [sys.executable, "-c", _HOSTILE, str(project)], cwd=projects.REPOSITORY, env=env,
-        capture_output=True, text=True, timeout=300, check=False,
+        [sys.executable, "-c", _HOSTILE, str(project)],
+        cwd=projects.REPOSITORY, env=env, capture_output=True, text=True, timeout=300, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines() == ["12 12 []", "9 9 []", "False True", "None False"]

@@ -42,7 +42,7 @@ def run(whole: Path, project: Path, draw: random.Random, rounds: int) -> Iterato
 
 
 def run_training(whole: Path, project: Path, draw: random.Random, rounds: int) -> Iterator[Tally]:
-    """The same for what an unfinished Stage 1 left and for its caches; what ends well has the weights of `whole`."""
+    """The same for what an unfinished Stage 1 left: where it goes on, it ends in the weights of `whole`."""
     wanted = files.sha256_file(whole / "work" / "stage1" / "model" / "model.safetensors")
     unfinished = stopped(whole, project)
     for name, patterns, command in (
