@@ -31,9 +31,10 @@ def run(settings: Config, paths: Paths) -> dict[str, Any]:
 
 def changed(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
     """Modules, settings and parts that differ between two contents of a stage's file."""
-    return sorted(
+    differing = {
         name
         for group in now
         for name in {*before.get(group, {}), *now[group]}
         if before.get(group, {}).get(name) != now[group].get(name)
-    )
+    }
+    return sorted(differing)
