@@ -12,7 +12,7 @@ import yaml
 from PIL import Image
 
 from tests import projects
-from vlv import cli, doctor, pinning
+from vlv import cli, doctor, files, pinning
 from vlv.config import Paths
 
 
@@ -68,6 +68,21 @@ def test_an_error_of_the_library_is_an_answer(toy: Path, capsys: pytest.CaptureF
     (toy / "params.yaml").write_text("profile: tiny\nsurprise: 1\n")
     assert _vlv("config", "show") == cli.ANSWER
     assert "surprise" in capsys.readouterr().err
+
+
+def test_what_the_system_says_of_a_file_is_an_answer(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = cli.App()
+
+    @command.command()
+    def write() -> None:
+        (tmp_path / "file").write_text("")
+        files.write_text(tmp_path / "file" / "inside", "text")  # as on a full disk: the system names the path
+
+    with pytest.raises(SystemExit) as ended:
+        command([])
+    assert ended.value.code == cli.ANSWER
+    told = capsys.readouterr().err
+    assert str(tmp_path / "file") in told.replace("\n", "") and "Traceback" not in told
 
 
 def test_a_bug_is_not_an_answer() -> None:

@@ -44,15 +44,24 @@ class App(typer.Typer):
                 raise
             console = Console(stderr=True)
             console.print("[bold red]Error:[/] ", end="")
-            console.print(str(error), style="red", markup=False, highlight=False, soft_wrap=True)
+            said = _about_file(error) if isinstance(error, OSError) else str(error)
+            console.print(said, style="red", markup=False, highlight=False, soft_wrap=True)
             kind = type(error)
             sys.exit(EXIT_CODES.get(f"{kind.__module__}.{kind.__qualname__}", ANSWER))
 
 
 def is_answer(error: Exception) -> bool:
-    """Whether the library raised it for the user to read: its own exceptions name cause and remedy."""
+    """Whether it is for the user to read: the library's own exceptions name cause and remedy, the system's a file."""
     kind = type(error)
+    if isinstance(error, OSError) and error.filename is not None:
+        return True
     return kind.__module__.partition(".")[0] == "vlv" and not kind.__name__.startswith("_")
+
+
+def _about_file(error: OSError) -> str:
+    """What the system says of a file: a full disk, no permission, a folder where a file should be."""
+    where = error.filename.decode(errors="replace") if isinstance(error.filename, bytes) else str(error.filename)
+    return f"{where}: {error.strerror}. Mend that (its disk may be full), and run the command again."
 
 
 app = App(

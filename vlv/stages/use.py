@@ -81,6 +81,9 @@ def find_images(folder: Path) -> list[Path]:
 
 def _readable(found: dict[str, Path], unreadable: dict[str, str]) -> Iterator[tuple[str, images.Pixels]]:
     for name, path in found.items():
+        if path.exists() and not path.is_file():
+            unreadable[name] = "not a file"  # a named pipe would be waited for
+            continue
         try:
             yield name, images.decode(path.read_bytes(), name)
         except (images.ImageError, OSError) as error:
