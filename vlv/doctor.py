@@ -17,6 +17,7 @@ import psutil
 from vlv import config, files, pinning
 from vlv.config import ConfigError, Paths
 
+_PIN = re.compile(r"^([A-Za-z0-9._-]+)==([^\s;]+)", flags=re.MULTILINE)
 _GIB = 1 << 30
 _DISK_NEEDED, _DISK_WISHED = 2 * _GIB, 10 * _GIB
 _MEMORY_WISHED = 4 * _GIB
@@ -60,7 +61,9 @@ def _packages(paths: Paths) -> Iterator[Finding]:
     if not lock.exists():
         yield Finding("note", "packages", "no requirements.lock here to compare with")
         return
-    pins = re.findall(r"^([A-Za-z0-9._-]+)==([^\s;]+)", files.read_text(lock), flags=re.MULTILINE)
+    pins = _PIN.findall(files.read_text(lock))
+    # torch, whose builds come from more than one index, is pinned by the package itself.
+    pins += [pin for line in metadata.requires("vlv") or [] for pin in _PIN.findall(line)]
     wrong = []
     for name, wanted in pins:
         try:
@@ -71,7 +74,7 @@ def _packages(paths: Paths) -> Iterator[Finding]:
             wrong.append(f"{name} {found} (lock: {wanted})")
     if wrong:
         shown = ", ".join(wrong[:5]) + (f" and {len(wrong) - 5} more" if len(wrong) > 5 else "")
-        yield Finding("problem", "packages", shown, "pip install -r requirements.lock")
+        yield Finding("problem", "packages", shown, "make env")
     else:
         yield Finding("ok", "packages", f"{len(pins)} as in requirements.lock")
 
@@ -100,7 +103,7 @@ def _tools(paths: Paths) -> Iterator[Finding]:
     git = shutil.which("git")
     yield Finding("ok", "git", git) if git else Finding("problem", "git", "not found", "install git")
     if importlib.util.find_spec("dvc") is None:
-        yield Finding("problem", "dvc", "not installed", "pip install -r requirements.lock")
+        yield Finding("problem", "dvc", "not installed", "make env")
     elif not (paths.root / ".dvc").is_dir():
         yield Finding("problem", "dvc", f"{paths.root} is no DVC project", "dvc init")
     else:
