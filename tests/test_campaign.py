@@ -15,6 +15,8 @@ _HOSTILE = """
 import random, sys
 from pathlib import Path
 from tests.campaign import hostile, trials
+
+pytestmark = pytest.mark.slow
 trials.warm()
 project = Path(sys.argv[1])
 for tally in hostile.run(project, random.Random(0), 1, {"configuration", "GGUF"}):

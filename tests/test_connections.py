@@ -1,6 +1,7 @@
 """No command of README, of make or of the flow connects to anybody who was not asked for: a listener hears nothing."""
 
 import os
+import shutil
 import subprocess
 import tomllib
 from collections.abc import Iterator
@@ -12,6 +13,8 @@ import pytest
 from tests import projects, servers
 from tests.listener import Listener, listening
 from vlv import telemetry
+
+pytestmark = pytest.mark.server
 
 # With one of these MLflow and Prefect say nothing of their own accord, which would prove nothing.
 _TEST_RUNS = ("CI", "GITHUB_ACTIONS", "PYTEST_CURRENT_TEST", "PYTEST_VERSION")
@@ -68,7 +71,12 @@ def test_the_listener_hears_a_server_that_sends_telemetry(tmp_path: Path) -> Non
 
 @pytest.fixture(scope="module")
 def toy(tmp_path_factory: pytest.TempPathFactory, sprites: Path) -> Path:
-    return projects.toy(tmp_path_factory.mktemp("connections") / "project", sprites)
+    project = projects.toy(tmp_path_factory.mktemp("connections") / "project", sprites)
+    # The data gate asks its tokenizer.
+    words = "pretrained/tiny/language_model"
+    shutil.copytree(projects.REPOSITORY / words, project / words)
+    projects.commit(project, "a language model")
+    return project
 
 
 def test_the_section_with_a_server_is_silent(toy: Path) -> None:

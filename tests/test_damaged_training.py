@@ -20,6 +20,8 @@ from vlv.stages.record import Record, training_record
 from vlv.stopping import Stopped
 from vlv.training import loop
 
+pytestmark = pytest.mark.training
+
 Damage = Callable[[Path], object]
 
 

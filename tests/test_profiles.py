@@ -11,6 +11,8 @@ from vlv.planning import count, gpus, machines
 from vlv.planning.forecast import memory
 from vlv.training import workers
 
+pytestmark = pytest.mark.slow
+
 PROFILES = config.profiles(Paths(ROOT))
 FOR_GPUS = [name for name in PROFILES if profile(name).compute.gpu]
 
