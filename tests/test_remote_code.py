@@ -20,9 +20,11 @@ from pathlib import Path
 from vlv import config
 from vlv.config import Paths
 from vlv.evaluation.sentences import SentenceModel
-from vlv.models import pretrained
+from vlv.models import loading, pretrained
+from vlv.preprocessing import Preprocessing
 
 root, paths, outcomes = Path(sys.argv[1]), Paths(Path.cwd()), {}
+seen = Preprocessing(64, "bicubic", 64)
 settings = config.parse((paths.root / "configs" / "tiny.yaml").read_text(), "tiny")
 
 def note(name, build):
@@ -38,8 +40,8 @@ for kind in ("known", "unknown"):
         section = settings.language_model.model_copy(update=update)
         note(f"{kind} language model, {weights}", lambda: pretrained.language_model_alone(section, paths))
         encoder = settings.encoder.model_copy(update=update | {"pretrained": str(root / kind / "encoder")})
-        note(f"{kind} encoder, {weights}", lambda: pretrained.encoder(encoder, 8, paths, None))
-    note(f"{kind} tokenizer", lambda: pretrained.tokenizer(root / kind / "language_model"))
+        note(f"{kind} encoder, {weights}", lambda: pretrained.encoder(encoder, seen, 8, paths, None))
+    note(f"{kind} tokenizer", lambda: loading.tokenizer(root / kind / "language_model"))
     note(f"{kind} sentence model", lambda: SentenceModel(root / kind / "language_model"))
 print(json.dumps(outcomes))
 """
