@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from wandb.proto import wandb_internal_pb2
 
+from tests import servers
 from vlv.config import Paths, Tracking
 from vlv.tracking import mirror as mirror_module
 from vlv.tracking.mirror import CLOSE_SECONDS, mirrored
@@ -55,6 +56,8 @@ def test_the_curve_is_there_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     with mirrored(settings, paths, "stage1", "stage1-abc", {"stage1": {"steps": 30}}) as mirror:
         for step in (10, 20, 30):
             mirror.log({"loss": 1 / step}, step)
+    # wandb's own process writes the file, and may still be at it.
+    servers.wait(lambda: len(_curve(paths.work / "wandb", "loss")) == 3, "the curve's file")
     assert _curve(paths.work / "wandb", "loss") == [(10, 1 / 10), (20, 1 / 20), (30, 1 / 30)]
 
 
