@@ -6,17 +6,19 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from tests import projects
 from tests.campaign import mutations
 from tests.campaign.trials import Outcome, Tally
+
+pytestmark = pytest.mark.slow
 
 # In a process of its own: trials are forked, and a process that has used many threads cannot be.
 _HOSTILE = """
 import random, sys
 from pathlib import Path
 from tests.campaign import hostile, trials
-
-pytestmark = pytest.mark.slow
 trials.warm()
 project = Path(sys.argv[1])
 for tally in hostile.run(project, random.Random(0), 1, {"configuration", "GGUF"}):

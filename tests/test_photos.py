@@ -8,11 +8,10 @@ import yaml
 
 from tests import photographs
 from tests.conftest import ROOT
-from vlv import cli, files, pinning
+from vlv import cli, files, pinning, stages
 from vlv.config import Paths
 
 COUNT = 64
-STAGES = ("validate", "stage1", "stage2", "evaluate", "register")
 
 
 def _vlv(*arguments: str) -> int:
@@ -49,7 +48,7 @@ def test_from_the_import_to_the_registry(
     monkeypatch.setenv("VLV_ROOT", str(project))
     assert _vlv("config", "use", profile) == 0
     assert _vlv("data", "import", str(pictures), "--description", "summer of 2025") == 0
-    for stage in STAGES:
+    for stage in stages.NAMES:
         assert _vlv("run", stage) == 0, stage
     assert (project / "params.yaml").read_bytes() == (project / "configs" / f"{profile}.yaml").read_bytes()
 
