@@ -1,6 +1,7 @@
 # make full-train   from nothing to a promoted captioner: environment, data, training, evaluation, registry
 # make check        the environment, then in two minutes: lint, types, and the tests that need no server and train nothing
 # make test         the environment, then all tests
+# make coverage     the coverage of the tests that need no server and train nothing, and its floor
 # make kills        20 trainings killed at random (SEED=0), each held to the bytes of an uninterrupted one
 # make lint         ruff and mypy
 # make lock         write requirements.lock from the environment as it is (needs uv, for the hashes)
@@ -26,7 +27,7 @@ SEED ?= 0
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DELETE_ON_ERROR:
-.PHONY: full-train check test kills lint lock variant clean env
+.PHONY: full-train check coverage test kills lint lock variant clean env
 
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
@@ -41,7 +42,10 @@ full-train: env
 	@$(BIN)/python -m flows.full_train
 
 check: lint
-	$(PYTEST) -m "not server and not training and not slow" --cov --cov-report=
+	$(PYTEST) -m "not server and not training and not slow"
+
+coverage: env
+	$(PYTEST) -m "not server and not training" --cov --cov-report=
 
 test: env
 	$(PYTEST)

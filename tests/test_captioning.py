@@ -143,6 +143,7 @@ def until(condition: Any, process: "subprocess.Popen[bytes]") -> None:
         time.sleep(0.02)
 
 
+@pytest.mark.slow
 def test_after_a_kill_no_answered_image_is_asked_about_again(tmp_path: Path) -> None:
     source, output = model_server.write_images(tmp_path / "images", 14), tmp_path / "out"
     with ModelServer(hold_after=6) as server:
@@ -163,6 +164,7 @@ def test_after_a_kill_no_answered_image_is_asked_about_again(tmp_path: Path) -> 
     assert captions(output) == expected(*range(14))
 
 
+@pytest.mark.slow
 def test_an_interrupt_keeps_the_answers_that_are_under_way(tmp_path: Path) -> None:
     source, output = model_server.write_images(tmp_path / "images", 20), tmp_path / "out"
     with ModelServer(pause=0.4) as server:

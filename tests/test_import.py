@@ -292,6 +292,7 @@ if status.exists():  # ru_maxrss would count the parent's memory, which the chil
 """
 
 
+@pytest.mark.slow
 def test_a_killed_import_goes_on_to_the_same_bytes(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     source = image_sets.folder(tmp_path / "photographs", 300)
     import_images(source, tmp_path / "whole" / "data", wanted(), workers=3)
@@ -324,6 +325,7 @@ def test_an_import_that_another_one_left_is_discarded_on_demand(tmp_path: Path) 
     assert hashes(tmp_path / "data") == hashes(tmp_path / "fresh")
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="peak memory is read from /proc")
 def test_memory_does_not_grow_with_the_number_of_samples(tmp_path: Path) -> None:
     peaks = []

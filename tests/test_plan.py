@@ -22,6 +22,8 @@ from vlv.planning.counting import LiveBytes
 from vlv.planning.forecast import GIB, RESERVE, Machine, forecast, memory
 from vlv.training import blocks
 
+pytestmark = pytest.mark.slow
+
 # Counted for Stable Diffusion 2.1 at 384 pixels as the release trains: GFLOP an image, a multiply-add is two.
 KNOWN = {
     ("VAE encode", "forward"): 620, ("vision tower", "forward"): 1490, ("BART encoder", "forward"): 194,
@@ -48,13 +50,11 @@ def _giga(stage: Stage, name: str, kind: str) -> float:
     return float(getattr(module.cost, kind)) / 1e9
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(("name", "kind"), sorted(KNOWN))
 def test_the_release_s_flops_by_module(release: Stage, name: str, kind: str) -> None:
     assert _giga(release, name, kind) == pytest.approx(KNOWN[name, kind], rel=0.02)
 
 
-@pytest.mark.slow
 def test_the_release_s_flops_of_what_is_known_together(release: Stage) -> None:
     bart = _giga(release, "BART encoder", "backward") + _giga(release, "BART decoder", "backward")
     assert bart == pytest.approx(BART_BACKWARD, rel=0.02)
@@ -62,7 +62,6 @@ def test_the_release_s_flops_of_what_is_known_together(release: Stage) -> None:
     assert text == pytest.approx(TEXT_ENCODER, rel=0.02)
 
 
-@pytest.mark.slow
 def test_the_release_s_flops_in_all_and_without_vae_and_recompute(release: Stage) -> None:
     assert release.flops / 1e9 == pytest.approx(RELEASE, rel=0.02)
     lean = release.flops / 1e9 - _giga(release, "VAE encode", "forward") - _giga(release, "UNet", "recomputed")
@@ -105,7 +104,6 @@ def test_whatever_learns_in_stage_2_is_counted(learn: str, smoke: config.Config,
     assert counted.learning == sum(p.numel() for p in captioner.parameters() if p.requires_grad)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "recompute"), [("sdxl", True), ("sd3", False), ("sd3 with T5", True)])
 def test_other_decoders_are_counted(
     kind: str, recompute: bool, smoke: config.Config, paths: Paths, tmp_path: Path
@@ -168,7 +166,6 @@ def test_memory_of_a_step_is_what_the_real_step_allocates(smoke: config.Config, 
     assert counted.live.at(samples) == pytest.approx(live.peak, rel=0.02)
 
 
-@pytest.mark.slow
 def test_checkpointing_keeps_less_and_computes_more(smoke: config.Config, paths: Paths) -> None:
     stage1 = smoke.stage1.model_copy(update={"gradient_checkpointing": True})
     plain = count.stage1(smoke, paths, "cpu", 32)
@@ -184,7 +181,6 @@ def _machine(**values: object) -> Machine:
     return Machine(**({"gpu": gpus.find("rtx-6000-ada"), "count": 8, "utilisation": 0.5} | values))  # type: ignore[arg-type]
 
 
-@pytest.mark.slow
 def test_time_and_money(release: Stage) -> None:
     f = forecast(release, _machine(price=0.75), images=10)
     seconds = 200_000 * 512 * release.flops / (8 * 91.1e12 * 0.5)
@@ -193,7 +189,6 @@ def test_time_and_money(release: Stage) -> None:
     assert f.dollars == pytest.approx(f.hours * 8 * 0.75)
 
 
-@pytest.mark.slow
 def test_memory_by_kind_and_what_sharding_splits(release: Stage) -> None:
     alone = memory(release, 8, 8)
     assert alone.weights == release.weights
@@ -204,7 +199,6 @@ def test_memory_by_kind_and_what_sharding_splits(release: Stage) -> None:
     assert memory(release, 8).communication == 0
 
 
-@pytest.mark.slow
 def test_what_does_not_fit_says_which_knob_helps(release: Stage) -> None:
     settings = release.settings.model_copy(update={"gradient_checkpointing": False, "accumulation": 1})
     whole = Stage(**{**vars(release), "settings": settings})

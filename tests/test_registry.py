@@ -193,6 +193,7 @@ def test_another_evaluation_set_is_not_compared(project: Paths, register: Regist
     assert "not compared" in done.message()
 
 
+@pytest.mark.slow
 def test_the_registered_version_predicts_with_its_own_code(project: Paths, register: Register, package: Path) -> None:
     register("served", profile="served")
     (package / "__init__.py").unlink()  # what happens here later does not change the version
@@ -204,6 +205,7 @@ def test_the_registered_version_predicts_with_its_own_code(project: Paths, regis
         registry.fetch(project, "models:/served@nobody")
 
 
+@pytest.mark.slow
 def test_a_version_that_does_not_predict_is_refused(project: Paths, register: Register, package: Path) -> None:
     (package / "__init__.py").write_text("def spell(word):\n    raise ValueError('cannot spell')\n")
     register("broken", profile="served")

@@ -5,6 +5,8 @@ import shutil
 import subprocess
 from pathlib import Path
 
+import pytest
+
 from tests import projects
 
 TINY = projects.REPOSITORY / "pretrained" / "tiny"
@@ -60,6 +62,7 @@ def _folder(folder: Path, part: str, kind: str) -> None:
     (folder / "code.py").write_text(f"open({str(folder / 'ran')!r}, 'w')\nraise SystemExit('the code ran')\n")
 
 
+@pytest.mark.slow
 def test_it_is_not_run_and_nobody_is_asked(tmp_path: Path) -> None:
     for kind in ("known", "unknown"):
         for part in ("language_model", "encoder"):

@@ -213,6 +213,7 @@ def _mean(loss: Callable[[torch.Generator], torch.Tensor]) -> float:
     return sum(loss(torch.Generator().manual_seed(1000 + i)).item() for i in range(16)) / 16
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_200_steps_on_four_pictures_lower_the_loss_and_move_nothing_frozen(kind: str, paths: Paths) -> None:
     model = _small(kind, size=16, **({"prediction": "v_prediction"} if kind == "sdxl" else {}))

@@ -149,6 +149,7 @@ print(next(l for l in Path("/proc/self/status").read_text().splitlines() if l.st
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="peak memory is read from /proc")
 def test_memory_does_not_grow_with_the_tables(tmp_path: Path) -> None:
     peaks = []

@@ -160,6 +160,7 @@ with tracking.start_run(Paths(Path(sys.argv[1])), "first", interval=0.2) as run:
 """
 
 
+@pytest.mark.slow
 def test_several_first_users_share_a_new_store(tmp_path: Path) -> None:
     command = [sys.executable, "-c", FIRST_USER, str(tmp_path)]
     children = [subprocess.Popen(command) for _ in range(3)]

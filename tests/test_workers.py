@@ -71,6 +71,7 @@ workers.run({command!r}, pathlib.Path({str(LAUNCH / "cpu-ddp.yaml")!r}), pathlib
     assert len(children) == 2 and not alive
 
 
+@pytest.mark.slow
 def test_a_process_that_never_comes_is_an_error_and_no_endless_wait() -> None:
     program = "from vlv.training import runtime; runtime.join(0.05)"
     alone_of_two = {
