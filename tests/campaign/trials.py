@@ -13,8 +13,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from vlv import cli
+
 _MEMORY = 6 << 30  # bytes of address space beyond what the imports have taken
-_ENDED_WELL = {0, 1, 2, 3}  # done; `vlv doctor` found a problem; an error that is named; a refused promotion
+# Done; `vlv doctor` found a problem; an error that is named; a refused promotion; pictures that are listed as failed.
+_ENDED_WELL = {0, 1, 2, 3, cli.SOME_FAILED, cli.ALL_FAILED}
 
 
 @dataclass(frozen=True)
@@ -28,7 +31,8 @@ class Outcome:
     @property
     def held(self) -> bool:
         """Whether it ended well, or with an error that it named."""
-        named = self.code in (0, 1) or "Error" in self.output
+        counted = self.code in (cli.SOME_FAILED, cli.ALL_FAILED) and "failed:" in self.output
+        named = self.code in (0, 1) or counted or "Error" in self.output
         return self.code in _ENDED_WELL and named and "Traceback (most recent call last)" not in self.output
 
 
