@@ -96,6 +96,7 @@ def _process(caption: str) -> str:
 
 def _written_by_the_release(checkpoint: Path, language_model: Path, context: torch.Tensor) -> list[str]:
     """What the release's generate does after the text encoder, on its own tensors and stock classes."""
+    # The release keeps its checkpoints so; this one was made by the test, and only tensors are read.
     tensors = torch.load(checkpoint, weights_only=True)
     inputs, hidden = tensors["mlp.layers.0.weight"].shape[::-1]
     mlp = nn.Sequential(nn.Linear(inputs, hidden), nn.GELU(), nn.Linear(hidden, len(tensors["mlp.layers.2.bias"])))

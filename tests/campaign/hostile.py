@@ -21,7 +21,7 @@ SURROGATE = '{"caption": "half a character: \\ud800"}'
 
 
 class _Runs:
-    """A pickle that leaves a mark where it is loaded."""
+    """Pickled, it leaves a mark where it is loaded. It is only written here: that nobody loads it is what is tried."""
 
     def __init__(self, mark: Path) -> None:
         self._mark = str(mark)

@@ -1,11 +1,11 @@
 """Captions made elsewhere (`vlv data caption`), found again by the hash of the image file they were made for."""
 
-import sqlite3
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from vlv.data.readers.scratch import database
 from vlv.data.shards import DataError
 
 _ROWS = 10_000
@@ -19,12 +19,8 @@ class CaptionTable:
     """
 
     def __init__(self, path: Path, scratch: Path) -> None:
-        scratch.mkdir(parents=True, exist_ok=True)
-        database = scratch / "captions.sqlite"
-        database.unlink(missing_ok=True)
-        self._database = sqlite3.connect(database)
-        self._database.execute("PRAGMA synchronous=OFF")  # made anew by each process
-        self._database.execute("CREATE TABLE captions (sha256 BLOB PRIMARY KEY, caption TEXT) WITHOUT ROWID")
+        table = "captions (sha256 BLOB PRIMARY KEY, caption TEXT) WITHOUT ROWID"
+        self._database = database(scratch, "captions", table)
         try:
             with pq.ParquetFile(path) as file:
                 for batch in file.iter_batches(_ROWS, columns=["sha256", "caption"]):

@@ -6,7 +6,6 @@ Also img2dataset's "files" layout, which is such a folder with a parquet file fo
 import functools
 import hashlib
 import os
-import sqlite3
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from vlv.data.readers import captions
 from vlv.data.readers.found import IMAGES, Content, Found, rank
 from vlv.data.readers.img2dataset import failures
 from vlv.data.readers.names import Rule
+from vlv.data.readers.scratch import database
 from vlv.data.shards import DataError
 
 SIDECARS = (".txt", ".caption", ".json")  # the first that is there counts
@@ -36,15 +36,8 @@ class FolderReader:
         self._root, self._seed, self._rule = root, seed, rule
         self._captioned = False  # whether any image has a file of captions beside it
         self._list: str | None = None  # the first other file that may hold captions
-        scratch.mkdir(parents=True, exist_ok=True)
-        database = scratch / "listing.sqlite"
-        database.unlink(missing_ok=True)
-        self._listing = sqlite3.connect(database)
-        self._listing.execute("PRAGMA synchronous=OFF")  # made anew by each process
-        self._listing.execute(
-            "CREATE TABLE files (rank BLOB, path BLOB, size INTEGER, time INTEGER, PRIMARY KEY (rank, path))"
-            " WITHOUT ROWID"
-        )
+        columns = "rank BLOB, path BLOB, size INTEGER, time INTEGER, PRIMARY KEY (rank, path)"
+        self._listing = database(scratch, "listing", f"files ({columns}) WITHOUT ROWID")
         self._listing.executemany("INSERT INTO files VALUES (?, ?, ?, ?)", self._walk())
         self._listing.commit()
 

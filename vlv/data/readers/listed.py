@@ -3,7 +3,6 @@
 import functools
 import json
 import logging
-import sqlite3
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby, islice
@@ -14,6 +13,7 @@ from vlv import files
 from vlv.data.readers import captions
 from vlv.data.readers.found import Content, Found, locate, rank, stamp
 from vlv.data.readers.names import Rule
+from vlv.data.readers.scratch import database
 
 logger = logging.getLogger(__name__)
 
@@ -65,15 +65,8 @@ class ListedReader:
     ) -> None:
         self.format = format
         self._tables, self._seed, self._rule = tables, seed, rule
-        scratch.mkdir(parents=True, exist_ok=True)
-        database = scratch / "listing.sqlite"
-        database.unlink(missing_ok=True)
-        self._listing = sqlite3.connect(database)
-        self._listing.execute("PRAGMA synchronous=OFF")  # made anew by each process
-        self._listing.execute(
-            "CREATE TABLE entries (rank BLOB, name BLOB, number INTEGER, entry TEXT, PRIMARY KEY (rank, name, number))"
-            " WITHOUT ROWID"
-        )
+        columns = "rank BLOB, name BLOB, number INTEGER, entry TEXT, PRIMARY KEY (rank, name, number)"
+        self._listing = database(scratch, "listing", f"entries ({columns}) WITHOUT ROWID")
         rows = (
             (rank(seed, entry.name), entry.name.encode("utf-8", "surrogatepass"), number, json.dumps(vars(entry)))
             for number, entry in enumerate(entries)
