@@ -4,6 +4,7 @@ Heavy modules are imported inside the commands, so that `vlv --help` is instant.
 names is shown as its message and exit code 2; only a bug shows a traceback.
 """
 
+import errno
 import logging
 import os
 import signal
@@ -61,7 +62,8 @@ def is_answer(error: Exception) -> bool:
 def _about_file(error: OSError) -> str:
     """What the system says of a file: a full disk, no permission, a folder where a file should be."""
     where = error.filename.decode(errors="replace") if isinstance(error.filename, bytes) else str(error.filename)
-    return f"{where}: {error.strerror}. Mend that (its disk may be full), and run the command again."
+    remedy = "Make room on its disk" if error.errno == errno.ENOSPC else "Mend that"
+    return f"{where}: {error.strerror}. {remedy}, and run the command again."
 
 
 app = App(

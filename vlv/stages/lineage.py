@@ -111,11 +111,14 @@ def origin(stage: str, settings: Config, paths: Paths) -> Origin:
     """What decides the training of a stage.
 
     Raises:
-        ConfigError: Stage 2, and Stage 1 has left no model.
+        ConfigError: there is no data, or for Stage 2 no model of Stage 1.
     """
     chosen: dict[str, Any] = inputs(stage, settings, paths)
     code = chosen.pop("code")
-    chosen["manifest"] = files.sha256_file(paths.data / "manifest.json")
+    manifest = paths.data / "manifest.json"
+    if not manifest.exists():
+        raise config.ConfigError(f"{manifest} does not exist. Make the data: vlv data download (or vlv data import)")
+    chosen["manifest"] = files.sha256_file(manifest)
     if stage == "stage2":
         weights = paths.work / "stage1" / "model" / "model.safetensors"
         if not weights.exists():
