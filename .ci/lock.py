@@ -15,7 +15,7 @@ from importlib.metadata import distributions
 from pathlib import Path
 from typing import Any
 
-from vlv import files
+from vlv.io import files
 
 LOCK = Path(__file__).resolve().parents[1] / "requirements.lock"
 PYTHONS = {"py3", "py2.py3", "cp311", "cp312"}  # pyproject.toml: requires-python

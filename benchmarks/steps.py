@@ -17,15 +17,16 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM
 
-from vlv import config, files
+from vlv import config
 from vlv.config import Config, Paths
 from vlv.data import text
 from vlv.data.loader import Batch, Grouping, ShardLoader
 from vlv.data.shards import DataError
+from vlv.io import files
+from vlv.io.progress import meter
 from vlv.models import device
 from vlv.models.autoencoder import Autoencoder, Stage1Batch
 from vlv.models.captioner import IGNORED, Captioner, Stage2Batch
-from vlv.progress import meter
 from vlv.training import optim, runtime
 
 _WINDOW = 8  # steps whose captions are put in order of length

@@ -9,8 +9,8 @@ import os
 import tomllib
 from pathlib import Path
 
-from vlv import files, telemetry
 from vlv.config import ConfigError, Paths
+from vlv.io import files, telemetry
 
 _DEFAULTS = {
     # The temporary server needs about 20 s on two busy cores, Prefect waits 20 s by default.

@@ -10,8 +10,8 @@ from prefect.artifacts import create_markdown_artifact
 
 from flows import report
 from flows.project import Outcome
-from vlv import files
 from vlv.config import Paths
+from vlv.io import files
 
 _WIDTH = 900  # pixels; wider pictures are scaled down
 _MOST_BYTES = 400_000  # an artifact is a row in the server's database

@@ -18,11 +18,13 @@ from prefect import flow, get_run_logger
 from prefect.runtime import flow_run
 from rich.console import Console
 
-from flows import artifacts, graph, report, tasks
+from flows import artifacts, report, tasks
+from flows import dvc as graph
 from flows.project import CommandFailed, Outcome, Project
-from vlv import config, files
+from vlv import config
 from vlv.config import ConfigError, Paths
-from vlv.files import LockHeldError
+from vlv.io import files
+from vlv.io.files import LockHeldError
 
 NOT_PROMOTED = 3  # exit code: everything ran, the new version is not the champion
 

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from flows import child
-from vlv import files
+from flows import process as child
+from vlv.io import files
 
 # DVC's advice after each stage: true, and noise in a log that is read while it grows.
 _ADVICE = ("To track the changes", "git add ", "To enable auto staging", "dvc config core.autostage", "Use `dvc push`")

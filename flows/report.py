@@ -12,8 +12,8 @@ from rich.table import Table
 from rich.text import Text
 
 from flows.project import Outcome
-from vlv import files
 from vlv.config import Paths
+from vlv.io import files
 
 # metrics/evaluate.json's key, how it is called, how many decimals
 SCENES = {

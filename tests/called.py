@@ -1,6 +1,6 @@
 """Run all stages in one process and write down which functions of the package each of them really called.
 
-python tests/called.py OUTPUT     # {"stage1": ["vlv.images:decode", ...], ...}
+python tests/called.py OUTPUT     # {"stage1": ["vlv.io.images:decode", ...], ...}
 """
 
 import ast
@@ -9,8 +9,9 @@ from pathlib import Path
 
 import coverage
 
-from vlv import files, stages
+from vlv import stages
 from vlv.config import Paths
+from vlv.io import files
 
 _PACKAGE = Path(stages.__file__).parents[1]
 

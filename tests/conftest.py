@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 
 from tests import projects, servers, sharing
-from vlv import assets, config, telemetry
+from vlv import config
 from vlv.data import sources
+from vlv.io import assets, telemetry
 
 telemetry.off()  # for the children too
 

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
-from vlv import files
+from vlv.io import files
 
 
 class _Hub(BaseHTTPRequestHandler):

@@ -16,7 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tests import projects
-from vlv import assets, config, files
+from vlv import config
+from vlv.io import assets, files
 
 STAGES = ("stage1", "stage2")
 _LAST_ROW = 5  # of the 6 that a smoke training writes

@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import return_and_correct_aliasing
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.backend_registration import _DummyBackendModule, _setup_privateuseone_for_python_backend
 
-from vlv import cli
+from vlv.cli import main as cli
 
 NAME = "pretend"
 _aten = torch.ops.aten

@@ -12,7 +12,7 @@ from pathlib import Path
 import psutil
 import yaml
 
-from vlv import files, telemetry
+from vlv.io import files, telemetry
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 

@@ -22,7 +22,6 @@ from transformers import (
     T5EncoderModel,
 )
 
-from vlv import scenes
 from vlv.models.conditioners.clip import ClipReader
 from vlv.models.conditioners.sd3 import SD3Conditioner, T5Reader
 from vlv.models.conditioners.sdxl import SDXLConditioner
@@ -30,7 +29,8 @@ from vlv.models.conditioners.stable_diffusion import TextConditioner
 from vlv.models.decoders.sd3 import SD3Decoder
 from vlv.models.decoders.sdxl import SDXLDecoder
 from vlv.models.decoders.stable_diffusion import StableDiffusionDecoder
-from vlv.pretraining.text import tokenizer
+from vlv.tiny import scenes
+from vlv.tiny.pretrain_text import tokenizer
 
 _TOKENS = 20  # length of the small text encoders
 

@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from tests import projects
-from vlv import files
+from vlv.io import files
 
 PRETEND = Path(__file__).with_name("pretend.py")
 # Much of what a step can be: latents from the cache and images decoded, samples of like length, an encoder that learns.

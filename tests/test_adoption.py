@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from tests import projects
-from vlv import files
+from vlv.io import files
 
 pytestmark = pytest.mark.training
 

@@ -3,8 +3,9 @@ from pathlib import Path
 
 import pytest
 
-from vlv import assets, config, files
-from vlv.assets import AssetError
+from vlv import config
+from vlv.io import assets, files
+from vlv.io.assets import AssetError
 
 TWEMOJI_SHA256 = "f698ed961302ea3217c86366b9a9659b69c17d73b794091fed815ef8534e116f"
 

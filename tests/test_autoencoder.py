@@ -8,7 +8,7 @@ from tests.conftest import profile
 from vlv import config
 from vlv.config import Paths
 from vlv.models.autoencoder import Autoencoder, Stage1Batch
-from vlv.models.folder import ModelFolderError
+from vlv.models.saved import ModelFolderError
 
 
 @pytest.fixture(scope="module")
@@ -110,7 +110,7 @@ def test_another_pretrained_part_is_refused(smoke: config.Config, paths: Paths, 
 
 
 def test_the_projection_starts_on_the_text_side(smoke: config.Config, paths: Paths) -> None:
-    from vlv.models import pretrained
+    from vlv.models import build as pretrained
 
     model = Autoencoder.build(smoke, paths)
     mean, spread = pretrained.text_statistics(smoke.decoder, paths, smoke.encoder.queries)

@@ -16,12 +16,12 @@ import pytest
 from tests import model_server
 from tests.conftest import ROOT
 from tests.model_server import TOKENS, ModelServer
-from vlv.data.captioning.answer import parse
-from vlv.data.captioning.budget import Prices
-from vlv.data.captioning.captioner import CaptionReport, Run, caption_images
-from vlv.data.captioning.endpoint import EndpointError, Question
-from vlv.data.importing.importer import Wanted, import_images
-from vlv.data.importing.recipe import Recipe
+from vlv.data.caption_api.answer import parse
+from vlv.data.caption_api.budget import Prices
+from vlv.data.caption_api.captioner import CaptionReport, Run, caption_images
+from vlv.data.caption_api.endpoint import EndpointError, Question
+from vlv.data.import_.importer import Wanted, import_images
+from vlv.data.import_.recipe import Recipe
 from vlv.data.readers.formats import ReadOptions
 from vlv.data.shards import DataError
 

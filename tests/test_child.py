@@ -8,7 +8,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from flows import child
+from flows import process as child
 
 # A parent with a child in a session of its own; both write their ids. `stubborn` ignores SIGTERM.
 _FAMILY = """

@@ -12,8 +12,10 @@ import yaml
 from PIL import Image
 
 from tests import projects
-from vlv import cli, doctor, files, pinning
+from vlv.cli import doctor
+from vlv.cli import main as cli
 from vlv.config import Paths
+from vlv.io import files, pinning
 
 
 @pytest.fixture
@@ -38,9 +40,8 @@ def _change(project: Path, section: str, **values: object) -> None:
 
 
 def test_help_loads_nothing_heavy() -> None:
-    code = (
-        "import sys, vlv.cli; print(sorted({'torch', 'mlflow', 'great_expectations', 'webdataset'} & set(sys.modules)))"
-    )
+    heavy = {"torch", "mlflow", "great_expectations", "webdataset"}
+    code = f"import sys, vlv.cli.main; print(sorted({heavy} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
 
@@ -96,7 +97,7 @@ def test_errors_with_an_exit_code_of_their_own_exist(name: str) -> None:
 
 
 def test_sigterm_is_an_ordinary_exit() -> None:
-    code = "import os, signal; from vlv import cli; cli._begin(); os.kill(os.getpid(), signal.SIGTERM)"
+    code = "import os, signal; from vlv.cli import main as cli; cli._begin(); os.kill(os.getpid(), signal.SIGTERM)"
     done = subprocess.run([sys.executable, "-c", code], check=False)
     assert done.returncode == 128 + signal.SIGTERM
 

@@ -11,7 +11,9 @@ import yaml
 
 from tests import projects
 from tests.conftest import ROOT, profile
-from vlv import closure, config, files
+from vlv import config
+from vlv.inputs import closure
+from vlv.io import files
 from vlv.stages import lineage
 
 TRAINED = {"stage1", "stage2", "evaluate"}  # evaluate trains a control
@@ -54,14 +56,14 @@ def _replace(path: Path, old: str, new: str) -> None:
     ("models/decoders/base.py", "posterior.std * scale", "posterior.std * scale * 3.0", MODELS),
     ("models/conditioners/stable_diffusion.py", "return self.condition(embeddings)\n",
      "return self.condition(embeddings) * 2.0\n", MODELS),
-    ("scenes.py", "return Scene(background, tuple(sorted(objects)))", "return Scene(0, tuple(sorted(objects)))",
+    ("tiny/scenes.py", "return Scene(background, tuple(sorted(objects)))", "return Scene(0, tuple(sorted(objects)))",
      {"evaluate"}),
     ("data/loader.py", "+ self._rank * local", "+ self._rank * local + 1", TRAINED),
-    ("images.py", "batch.float() / 127.5 - 1.0", "batch.float() / 127.5 - 1.1", MODELS),
+    ("io/images.py", "batch.float() / 127.5 - 1.0", "batch.float() / 127.5 - 1.1", MODELS),
     ("training/optim.py", "return warmup * share", "return share", TRAINED),
     ("models/captioner.py", "if begin is None else", "if begin == 7 else", MODELS - {"stage1"}),
     ("evaluation/reconstruct.py", "255**2", "256**2", {"evaluate"}),
-    ("data/expectations.py", "min_value=gate.min_side", "min_value=gate.min_side + 1", {"validate"}),
+    ("data/gate.py", "min_value=gate.min_side", "min_value=gate.min_side + 1", {"validate"}),
     ("serving/captioner_model.py", "self.captioner.caption(pictures)", "[]", {"register"}),
 ], ids=lambda value: value if isinstance(value, str) and value.endswith(".py") else "")  # fmt: skip
 def test_a_change_that_decides_a_number_makes_its_stages_stale(
@@ -85,7 +87,7 @@ def test_words_plots_logs_and_other_kinds_make_nothing_stale(package: Path) -> N
     (package / "models/decoders/new.py").write_text("class NewDecoder: ...\n")
     _replace(package / "config/models.py", '"sdxl", "sd3"', '"sdxl", "sd3", "new"')
     (package / "evaluation/new_metric.py").write_text("def metric() -> float:\n return 1.0\n")
-    _add(package / "evaluation/scenes.py", "\n\ndef new_metric() -> float:\n return 1.0\n")
+    _add(package / "tiny/counting.py", "\n\ndef new_metric() -> float:\n return 1.0\n")
     _add(package / "models/encoder.py", "\n# a comment\n")
     assert _codes(package) == before
 
@@ -111,7 +113,7 @@ def test_the_layout_of_the_source_does_not_matter(package: Path) -> None:
 
 
 def test_a_name_that_does_not_exist_is_an_error() -> None:
-    for root in ("vlv.nowhere:run", "vlv.images:nothing", "vlv.models.encoder:CaptionEncoder.nothing"):
+    for root in ("vlv.nowhere:run", "vlv.io.images:nothing", "vlv.models.encoder:CaptionEncoder.nothing"):
         with pytest.raises(KeyError):
             closure.sources().reached([root])
 

@@ -12,13 +12,13 @@ import pytest
 
 from tests import projects, servers
 from tests.listener import Listener, listening
-from vlv import telemetry
+from vlv.io import telemetry
 
 pytestmark = pytest.mark.server
 
 # With one of these MLflow and Prefect say nothing of their own accord, which would prove nothing.
 _TEST_RUNS = ("CI", "GITHUB_ACTIONS", "PYTEST_CURRENT_TEST", "PYTEST_VERSION")
-SWITCHES_ON = 'eval "$(python -m vlv.telemetry)" && exec '
+SWITCHES_ON = 'eval "$(python -m vlv.io.telemetry)" && exec '
 
 
 def _environment(listener: Listener, **more: str) -> dict[str, str]:
@@ -124,11 +124,11 @@ def test_the_switches_stand_in_one_place() -> None:
         if name in path.read_text(encoding="utf-8") and path.name != "telemetry.py"
     ]
     assert restated == []
-    shown = subprocess.check_output(projects.python("-m", "vlv.telemetry"), text=True, cwd=projects.REPOSITORY)
+    shown = subprocess.check_output(projects.python("-m", "vlv.io.telemetry"), text=True, cwd=projects.REPOSITORY)
     assert dict(line.removeprefix("export ").split("=") for line in shown.splitlines()) == telemetry.SWITCHES
 
 
 def test_a_users_own_setting_stays() -> None:
-    command = "from vlv import telemetry; telemetry.off(); import os; print(os.environ['DO_NOT_TRACK'])"
+    command = "from vlv.io import telemetry; telemetry.off(); import os; print(os.environ['DO_NOT_TRACK'])"
     env = {**os.environ, "DO_NOT_TRACK": "1"}
     assert subprocess.check_output(projects.python("-c", command), text=True, env=env).strip() == "1"

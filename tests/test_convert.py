@@ -13,8 +13,8 @@ from transformers import Florence2ForConditionalGeneration
 from tests.conftest import profile
 from vlv import config
 from vlv.config import Paths
-from vlv.converting import checkpoints, florence, release
-from vlv.converting.checkpoints import ConversionError
+from vlv.convert import checkpoints, florence, release
+from vlv.convert.checkpoints import ConversionError
 from vlv.models.autoencoder import Autoencoder
 from vlv.models.captioner import Captioner
 

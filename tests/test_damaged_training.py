@@ -15,9 +15,9 @@ from tests.conftest import tiny
 from tests.test_training import SETTINGS, _batches, _Regression, _stopping
 from vlv import tracking
 from vlv.config import Paths
+from vlv.io.stopping import Stopped
 from vlv.stages import lineage
 from vlv.stages.record import Record, training_record
-from vlv.stopping import Stopped
 from vlv.training import loop
 
 pytestmark = pytest.mark.training

@@ -13,10 +13,12 @@ import pytest
 import torch
 
 from tests.conftest import small_scenes
-from vlv import config, images, pinning, scenes
+from vlv import config
 from vlv.data import pointer, shards, sources, writer
 from vlv.data.loader import ShardLoader
 from vlv.data.shards import DataError
+from vlv.io import images, pinning
+from vlv.tiny import scenes
 
 
 def hashes(data: Path) -> dict[str, str]:

@@ -14,8 +14,10 @@ from torch.overrides import TorchFunctionMode
 from transformers import Florence2Config, Florence2ForConditionalGeneration
 
 from tests.conftest import profile
-from vlv import config, draws, dropout, stopping
+from vlv import config, dropout
+from vlv import rng as draws
 from vlv.config import Paths
+from vlv.io import stopping
 from vlv.models.autoencoder import Autoencoder, Stage1Batch
 from vlv.models.captioner import Captioner, Stage2Batch
 from vlv.models.encoder import CaptionEncoder

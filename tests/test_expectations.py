@@ -12,11 +12,12 @@ import pytest
 from PIL import Image
 
 from tests.conftest import tiny
-from vlv import files
-from vlv.data import expectations, shards, writer
-from vlv.data.expectations import Verdict
+from vlv.data import gate as expectations
+from vlv.data import shards, writer
+from vlv.data.gate import Verdict
 from vlv.data.shards import DataError
 from vlv.data.writer import Record
+from vlv.io import files
 
 GATE = tiny().data.gate
 Edit = Callable[[list[Record]], None]

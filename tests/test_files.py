@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from vlv import config, files
-from vlv.files import FileError
+from vlv import config
+from vlv.io import files
+from vlv.io.files import FileError
 
 DEEP = 100_000
 
@@ -115,7 +116,7 @@ def test_half_a_character_comes_back(tmp_path: Path) -> None:
 _APPEND = """
 import sys
 from pathlib import Path
-from vlv import files
+from vlv.io import files
 for number in range(200):
     files.append_json_line(Path(sys.argv[1]), {"who": sys.argv[2], "number": number})
 """

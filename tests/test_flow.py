@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from flows import graph, tasks
+from flows import dvc as graph
+from flows import tasks
 from tests import projects, servers
 from vlv.config import ConfigError
 
@@ -129,7 +130,7 @@ def test_a_time_limit_ends_the_children(toy: Path, prefect_server: dict[str, str
 
 @pytest.mark.server
 def test_a_second_flow_in_the_same_folder_says_who_holds_it(toy: Path, prefect_server: dict[str, str]) -> None:
-    from vlv import files
+    from vlv.io import files
 
     with files.folder_lock(toy / "work", "the flow vlv"):
         done = _flow(toy, **prefect_server)

@@ -15,9 +15,11 @@ from typer.testing import CliRunner
 
 from tests.conftest import profile
 from tests.test_convert import released
-from vlv import cli, config, files, images
+from vlv import config
+from vlv.cli import main as cli
 from vlv.config import Generation, Paths
-from vlv.converting import release
+from vlv.convert import release
+from vlv.io import files, images
 from vlv.models.captioner import Captioner
 from vlv.models.cleaning import clean_up
 

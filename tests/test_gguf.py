@@ -10,8 +10,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from vlv.converting.checkpoints import ConversionError
-from vlv.converting.gguf import convert
+from vlv.convert.checkpoints import ConversionError
+from vlv.convert.gguf import convert
 
 TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "a", "b", "c", "Ġ", "ab", "Ġc"]
 MERGES = ["a b", "Ġ c"]

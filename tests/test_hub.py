@@ -6,12 +6,13 @@ import pytest
 
 from tests import hub_server, projects
 from tests.small_models import save, sdxl
-from vlv import files
+from vlv.io import files
 
 _RESOLVE = """
 import sys
 from pathlib import Path
-from vlv import assets, config
+from vlv.io import assets
+from vlv import config
 try:
     for reference in sys.argv[1:]:
         print(assets.resolve(reference, config.Paths(Path.cwd())))
@@ -74,7 +75,8 @@ def test_only_what_is_loaded_is_downloaded_and_once(repositories: Path, tmp_path
 
 _DESCRIBED = """
 from pathlib import Path
-from vlv import assets, config
+from vlv.io import assets
+from vlv import config
 paths, reference = config.Paths(Path.cwd()), "hf:owner/model@main"
 print(assets.at_hand(reference, paths))
 print(assets.resolve(reference, paths, weights=False))

@@ -13,9 +13,9 @@ import pytest
 from PIL import EpsImagePlugin, Image
 
 from tests.test_import import wanted
-from vlv import images
-from vlv.data.importing.importer import import_images
+from vlv.data.import_.importer import import_images
 from vlv.data.shards import DataError
+from vlv.io import images
 from vlv.stages.use import _readable
 
 # Pillow warns of oddities in what it reads all the same.

@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from vlv import images
+from vlv.io import images
 
 
 def test_all_256_values_survive_the_round_trip_exactly() -> None:

@@ -21,14 +21,15 @@ from PIL import Image
 from tests import image_sets
 from tests.conftest import tiny
 from tests.test_data import hashes
-from vlv import config, images
+from vlv import config
 from vlv.data import shards, sources
-from vlv.data.importing.importer import ImportReport, Wanted, import_images
-from vlv.data.importing.recipe import Recipe
-from vlv.data.importing.splits import SPLITS, Shares
+from vlv.data.import_.importer import ImportReport, Wanted, import_images
+from vlv.data.import_.recipe import Recipe
+from vlv.data.import_.splits import SPLITS, Shares
 from vlv.data.readers import captions, formats
 from vlv.data.readers.formats import ReadOptions
 from vlv.data.shards import DataError, Sample
+from vlv.io import images
 
 HALVES = Shares(validation=0.2, test=0.2)
 
@@ -220,7 +221,7 @@ def test_captions_made_elsewhere_go_before_the_source_s_own(tmp_path: Path) -> N
 
 
 def _sha(data: bytes) -> str:
-    from vlv import files
+    from vlv.io import files
 
     return files.sha256_bytes(data)
 
@@ -250,7 +251,7 @@ def test_a_data_set_of_the_hub_is_found_in_its_cache(tmp_path: Path) -> None:
     (repository / "refs").mkdir()
     (repository / "refs" / "main").write_text("0" * 40)
     code = (
-        "from pathlib import Path; from vlv import assets, config; "
+        "from pathlib import Path; from vlv.io import assets; from vlv import config; "
         "print(assets.resolve('hf:datasets/owner/name', config.Paths(Path())))"
     )
     env = {"HF_HUB_CACHE": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(Path.cwd())}
@@ -281,7 +282,7 @@ CHILD = """
 import sys
 from pathlib import Path
 from tests.test_import import wanted
-from vlv.data.importing.importer import import_images
+from vlv.data.import_.importer import import_images
 peak = Path("/proc/self/clear_refs")
 if peak.exists():
     peak.write_text("5")  # forget the peak of the imports
@@ -335,7 +336,7 @@ def test_memory_does_not_grow_with_the_number_of_samples(tmp_path: Path) -> None
         pq.write_table(pa.Table.from_pylist(table), source, row_group_size=10)
         size = source.stat().st_size
         code = CHILD.replace("wanted()", "wanted(recipe=Recipe(320, 64, 2.0))").replace(
-            "import import_images", "import import_images; from vlv.data.importing.recipe import Recipe"
+            "import import_images", "import import_images; from vlv.data.import_.recipe import Recipe"
         )
         command = [sys.executable, "-c", code, str(source), str(data)]
         done = subprocess.run(command, capture_output=True, text=True, check=True)

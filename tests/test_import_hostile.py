@@ -13,7 +13,7 @@ import pytest
 from tests import image_sets
 from tests.test_data import hashes
 from tests.test_import import rows, samples, wanted
-from vlv.data.importing.importer import ImportReport, import_images
+from vlv.data.import_.importer import ImportReport, import_images
 
 Member = tuple[str, bytes, dict[str, str]]
 

@@ -12,11 +12,11 @@ import pytest
 
 from tests import image_sets
 from tests.test_import import contents, rows, samples, wanted
-from vlv import files
-from vlv.data.importing.importer import import_images
+from vlv.data.import_.importer import import_images
 from vlv.data.readers import formats
 from vlv.data.readers.formats import ReadOptions
 from vlv.data.shards import DataError
+from vlv.io import files
 
 
 def _captions(data: Path) -> set[str | None]:

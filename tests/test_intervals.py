@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from vlv import scenes
 from vlv.evaluation import intervals
-from vlv.evaluation.scenes import score, terms
+from vlv.tiny import scenes
+from vlv.tiny.counting import score, terms
 
 
 def test_the_interval_is_that_of_an_independent_paired_bootstrap() -> None:

@@ -20,14 +20,15 @@ from flows import report
 from tests import image_sets
 from tests.conftest import ROOT, tiny
 from tests.test_registry import GOOD, SCRIPT
-from vlv import config, files, registry, tracking
+from vlv import config, registry, tracking
 from vlv.config import Paths
-from vlv.data.importing.importer import Wanted, import_images
-from vlv.data.importing.recipe import Recipe
-from vlv.data.importing.splits import Shares
+from vlv.data.import_.importer import Wanted, import_images
+from vlv.data.import_.recipe import Recipe
+from vlv.data.import_.splits import Shares
 from vlv.evaluation import intervals
 from vlv.evaluation.reconstruct import psnr_of_each
 from vlv.evaluation.sentences import SentenceModel, similarity
+from vlv.io import files
 from vlv.models.autoencoder import Autoencoder
 from vlv.models.captioner import Captioner
 from vlv.registry.policy import below_thresholds

@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from tests.test_training import SETTINGS, _batches, _Regression, _stopping
-from vlv import files
 from vlv.config import Compute
-from vlv.stopping import Stopped
+from vlv.io import files
+from vlv.io.stopping import Stopped
 from vlv.training import ledger, loop
 from vlv.training.energy import EnergyMeter
 

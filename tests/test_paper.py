@@ -6,7 +6,7 @@ import torch
 from tests.conftest import profile
 from vlv import config
 from vlv.config import Paths
-from vlv.models import pretrained
+from vlv.models import build as pretrained
 from vlv.models.autoencoder import Autoencoder
 
 

@@ -13,8 +13,9 @@ import torch
 from tests import projects
 from tests.conftest import ROOT
 from tests.train_together import STEPS, train
-from vlv import draws, files
+from vlv import rng as draws
 from vlv.config import ConfigError, Timesteps
+from vlv.io import files
 from vlv.models.decoders.timesteps import draw_timesteps
 from vlv.training import runtime, workers
 

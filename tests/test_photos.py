@@ -8,8 +8,10 @@ import yaml
 
 from tests import photographs
 from tests.conftest import ROOT
-from vlv import cli, files, pinning, stages
+from vlv import stages
+from vlv.cli import main as cli
 from vlv.config import Paths
+from vlv.io import files, pinning
 
 COUNT = 64
 

@@ -10,16 +10,17 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from tests import small_models
 from tests.conftest import profile
-from vlv import cli, config
+from vlv import config
+from vlv.cli import main as cli
 from vlv.config import Paths
 from vlv.data import shards
 from vlv.data.cache import ShardCache
 from vlv.models.autoencoder import Autoencoder, Stage1Batch
 from vlv.models.captioner import Captioner, Stage2Batch
-from vlv.planning import count, gpus, steps
-from vlv.planning.count import Stage
-from vlv.planning.counting import LiveBytes
-from vlv.planning.forecast import GIB, RESERVE, Machine, forecast, memory
+from vlv.plan import count, gpus, steps
+from vlv.plan.count import Stage
+from vlv.plan.counting import LiveBytes
+from vlv.plan.forecast import GIB, RESERVE, Machine, forecast, memory
 from vlv.training import blocks
 
 pytestmark = pytest.mark.slow

@@ -17,17 +17,18 @@ from torch import nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 
 from tests.conftest import profile
-from vlv import config, images
+from vlv import config
 from vlv.config import Paths
-from vlv.converting import release
-from vlv.data.importing.importer import Wanted, import_images
-from vlv.data.importing.recipe import Recipe
-from vlv.data.importing.splits import Shares
+from vlv.convert import release
+from vlv.data.import_.importer import Wanted, import_images
+from vlv.data.import_.recipe import Recipe
+from vlv.data.import_.splits import Shares
 from vlv.data.loader import ShardLoader
-from vlv.models import folder as folders
+from vlv.io import images
+from vlv.io.preprocessing import Preprocessing
+from vlv.models import saved as folders
 from vlv.models.autoencoder import Autoencoder
 from vlv.models.captioner import Captioner
-from vlv.preprocessing import Preprocessing
 from vlv.stages import use
 
 SQUARE, TOWER = 48, 64

@@ -5,10 +5,11 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import ROOT, profile
-from vlv import cli, config
+from vlv import config
+from vlv.cli import main as cli
 from vlv.config import Compute, ConfigError, LaunchByStage, Paths
-from vlv.planning import count, gpus, machines
-from vlv.planning.forecast import memory
+from vlv.plan import count, gpus, machines
+from vlv.plan.forecast import memory
 from vlv.training import workers
 
 pytestmark = pytest.mark.slow

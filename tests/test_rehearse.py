@@ -12,12 +12,13 @@ import torch
 from transformers import Qwen2Config
 
 from tests.conftest import profile
-from vlv import cli, config
+from vlv import config
+from vlv.cli import main as cli
 from vlv.config import Paths
-from vlv.models import pretrained
+from vlv.models import build as pretrained
 from vlv.models.captioner import Captioner
-from vlv.planning import rehearsal
-from vlv.planning.memory import PeakMemory
+from vlv.plan import rehearsal
+from vlv.plan.memory import PeakMemory
 
 pytestmark = pytest.mark.training  # real steps, some in a process of their own
 MIB = 2**20

@@ -23,7 +23,7 @@ from vlv import config
 from vlv.config import Paths
 from vlv.evaluation.sentences import SentenceModel
 from vlv.models import loading, pretrained
-from vlv.preprocessing import Preprocessing
+from vlv.io.preprocessing import Preprocessing
 
 root, paths, outcomes = Path(sys.argv[1]), Paths(Path.cwd()), {}
 seen = Preprocessing(64, "bicubic", 64)

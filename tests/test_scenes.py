@@ -2,9 +2,9 @@
 
 import numpy as np
 
-from vlv import scenes
-from vlv.evaluation.scenes import score
-from vlv.pretraining.text import tokenizer
+from vlv.tiny import scenes
+from vlv.tiny.counting import score
+from vlv.tiny.pretrain_text import tokenizer
 
 
 def _some(split: scenes.Split, count: int, seed: int = 0) -> list[scenes.Scene]:

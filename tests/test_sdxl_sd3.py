@@ -14,14 +14,15 @@ from tests import small_models
 from tests.conftest import profile
 from vlv import config
 from vlv.config import Paths, Timesteps
-from vlv.models import loading, pretrained
+from vlv.io.preprocessing import Preprocessing
+from vlv.models import build as pretrained
+from vlv.models import loading
 from vlv.models.autoencoder import Autoencoder, Stage1Batch
 from vlv.models.captioner import Captioner
 from vlv.models.conditioners.base import Context
 from vlv.models.decoders.sd3 import SD3Decoder
 from vlv.models.decoders.sdxl import SDXLDecoder
 from vlv.models.decoders.stable_diffusion import StableDiffusionDecoder
-from vlv.preprocessing import Preprocessing
 
 PROMPTS = ["A dog is at the top left.", "The background is pink. There is a cat at the center."]
 UNIFORM = Timesteps(mode="uniform")

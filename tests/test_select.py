@@ -13,8 +13,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from tests.conftest import ROOT
-from vlv.data.selection import download, subsets
-from vlv.data.selection.criteria import Criteria
+from vlv.data.laion import download, subsets
+from vlv.data.laion.criteria import Criteria
 from vlv.data.shards import DataError
 
 PAPER = Criteria()
@@ -140,8 +140,8 @@ def test_the_printed_commands_name_what_was_written(tmp_path: Path) -> None:
 CHILD = """
 import sys
 from pathlib import Path
-from vlv.data.selection.criteria import Criteria
-from vlv.data.selection import subsets
+from vlv.data.laion.criteria import Criteria
+from vlv.data.laion import subsets
 sizes = subsets.Sizes(batch=1 << 14, piece=30_000)  # so that the smaller table takes many of both, too
 Path("/proc/self/clear_refs").write_text("5")  # forget the peak of the imports
 subsets.select([Path(sys.argv[1])], Path(sys.argv[2]), {"A": 20_000}, 0, Criteria(), sizes)

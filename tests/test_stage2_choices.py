@@ -13,7 +13,7 @@ from vlv.config import ConfigError, Paths
 from vlv.data import text
 from vlv.data.loader import Grouping, ShardLoader
 from vlv.models.captioner import Captioner, Stage2Batch
-from vlv.models.folder import ModelFolderError
+from vlv.models.saved import ModelFolderError
 from vlv.training import blocks
 
 GENERATOR = torch.Generator()

@@ -11,7 +11,7 @@ from tests import projects, servers
 
 _SLEEPER = """
 import os, pathlib, signal, sys, time
-from vlv import stopping
+from vlv.io import stopping
 
 def saved(number, frame):
     pathlib.Path("saved").touch()
@@ -60,7 +60,7 @@ def test_a_stage_that_dvc_did_not_start_goes_on_without_its_parent(tmp_path: Pat
 
 
 def test_sigterm_exits_with_143(tmp_path: Path) -> None:
-    code = "import signal, time\nfrom vlv import stopping\nsignal.signal(signal.SIGTERM, stopping.terminated)\n"
+    code = "import signal, time\nfrom vlv.io import stopping\nsignal.signal(signal.SIGTERM, stopping.terminated)\n"
     code += "print('ready', flush=True)\ntime.sleep(600)\n"
     process = subprocess.Popen(projects.python("-c", code), stdout=subprocess.PIPE, cwd=projects.REPOSITORY)
     assert process.stdout is not None and process.stdout.readline() == b"ready\n"

@@ -1,7 +1,7 @@
 """Labels teach the caption and its end, and never padding or prefix."""
 
 from vlv.data import text
-from vlv.pretraining.text import tokenizer
+from vlv.tiny.pretrain_text import tokenizer
 
 
 def test_labels_end_with_eos_and_ignore_padding() -> None:

@@ -7,9 +7,9 @@ import pytest
 import torch
 from torch import nn
 
-from vlv import files
 from vlv.config import Optimizer, Training
-from vlv.stopping import Stopped
+from vlv.io import files
+from vlv.io.stopping import Stopped
 from vlv.training import checkpoint, loop, optim
 
 SETTINGS = Training(

@@ -12,8 +12,9 @@ from mlflow.pyfunc.model import PythonModelContext
 
 from tests import image_sets
 from tests.conftest import ROOT, profile
-from vlv import cli, files, images
+from vlv.cli import main as cli
 from vlv.config import Paths
+from vlv.io import files, images
 from vlv.models.autoencoder import Autoencoder
 from vlv.models.captioner import Captioner
 

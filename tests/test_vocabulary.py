@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from tests.conftest import ROOT, tiny
 from tests.test_expectations import failed, poison
-from vlv.data import expectations
+from vlv.data import gate as expectations
 from vlv.data.shards import DataError
 from vlv.data.vocabulary import Vocabulary, coverage
 from vlv.data.writer import Record

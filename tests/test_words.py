@@ -9,10 +9,12 @@ import yaml
 from tests import image_sets
 from tests.conftest import ROOT, tiny
 from tests.test_vocabulary import ORDINARY, byte_level
-from vlv import assets, cli, config, files
+from vlv import config
+from vlv.cli import main as cli
 from vlv.config import Paths
-from vlv.data import expectations
+from vlv.data import gate as expectations
 from vlv.data.shards import DataError
+from vlv.io import assets, files
 from vlv.stages import validate, words
 
 

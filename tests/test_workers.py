@@ -15,8 +15,9 @@ import pytest
 
 from tests import projects
 from tests.conftest import ROOT
-from vlv import config, files
+from vlv import config
 from vlv.config import ConfigError
+from vlv.io import files
 from vlv.training import workers
 
 LAUNCH = ROOT / "configs" / "accelerate"

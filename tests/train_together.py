@@ -11,13 +11,13 @@ from typing import Any
 import torch
 
 from tests.conftest import ROOT, profile
-from vlv import files
 from vlv.config import Paths
 from vlv.data import text
 from vlv.data.loader import ShardLoader
+from vlv.io import files
+from vlv.io.stopping import Stopped
 from vlv.models.autoencoder import Autoencoder, Stage1Batch
 from vlv.models.captioner import Captioner, Stage2Batch
-from vlv.stopping import Stopped
 from vlv.training import loop, runtime, workers
 
 STEPS, BATCH = 6, 8

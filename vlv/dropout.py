@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from vlv import draws
+from vlv import rng as draws
 
 
 class Masks:

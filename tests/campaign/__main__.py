@@ -22,8 +22,9 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # a process that has used more th
 from tests import projects
 from tests.campaign import damage, hostile, trials
 from tests.campaign.trials import Tally
-from vlv import assets, config, telemetry
+from vlv import config
 from vlv.config import Paths, ScenesSource
+from vlv.io import assets, telemetry
 
 Part = Callable[[Path, Path, random.Random, int], Iterator[Tally]]
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from tests import projects
 from tests.campaign import mutations, trials
 from tests.campaign.trials import Tally
-from vlv import files
+from vlv.io import files
 
 # Files, and the command that reads them.
 _STAGE2 = ["--model", "work/stage2/model"]

@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from vlv import cli
+from vlv.cli import main as cli
 
 _MEMORY = 6 << 30  # bytes of address space beyond what the imports have taken
 # Done; `vlv doctor` found a problem; an error that is named; a refused promotion; pictures that are listed as failed.
@@ -64,11 +64,11 @@ def warm() -> None:
     import torch
 
     torch.set_num_threads(1)
-    import vlv.cli
-    import vlv.converting.florence
-    import vlv.converting.gguf
-    import vlv.converting.release
-    import vlv.data.importing.importer
+    import vlv.cli.main
+    import vlv.convert.florence
+    import vlv.convert.gguf
+    import vlv.convert.release
+    import vlv.data.import_.importer
     import vlv.stages.stage1
     import vlv.stages.stage2
     import vlv.stages.use  # noqa: F401
@@ -76,7 +76,7 @@ def warm() -> None:
 
 def vlv(arguments: Sequence[str], project: Path, seconds: float = 120.0) -> Outcome:
     """Run `vlv ARGUMENTS` in `project`, with somebody at standard input who types "y"."""
-    from vlv import cli
+    from vlv.cli import main as cli
 
     return forked(lambda: cli.app(list(arguments)), project, seconds)
 

@@ -8,7 +8,6 @@ from typing import Annotated, Any
 
 from pydantic import Field, ValidationError, model_validator
 
-from vlv import files
 from vlv.config.base import ConfigError, Precision, Section, Weights
 from vlv.config.compute import Compute, LaunchByStage
 from vlv.config.data import Data, DataGate, ImportedSource, Resize, ScenesSource
@@ -17,6 +16,7 @@ from vlv.config.paths import Paths
 from vlv.config.results import Evaluate, Register
 from vlv.config.tracking import Tracking
 from vlv.config.training import Lora, Optimizer, Stage1, Stage2, Timesteps, Training
+from vlv.io import files
 
 __all__ = [
     "Compute", "Config", "ConfigError", "Data", "DataGate", "Decoder", "Encoder", "Evaluate", "Generation",

@@ -21,7 +21,7 @@ class Compute(Section):
     gpu: str | None = Field(
         default=None,
         description="the GPU that the batch split and the precision are chosen for, by its name in "
-        "vlv/planning/gpus.py; null: a CPU",
+        "vlv/plan/gpus.py; null: a CPU",
     )
     gpus: Positive = Field(default=1, description="how many of it; as many as the files in `launch` start processes")
     launch: str | LaunchByStage | None = Field(

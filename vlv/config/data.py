@@ -10,7 +10,7 @@ Resize = Literal["bicubic", "torchvision"]
 
 
 class ScenesSource(Section):
-    """Emoji scenes, drawn on the spot (vlv.scenes)."""
+    """Emoji scenes, drawn on the spot (vlv.tiny.scenes)."""
 
     kind: Literal["scenes"]
     sprites: str = Field(description="asset reference to Twemoji's 72x72 PNG files")

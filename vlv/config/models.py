@@ -70,7 +70,7 @@ class Generation(Section):
     """How a captioner writes. The saved model keeps it; `vlv caption` may be told otherwise.
 
     The defaults are for models that were taught their end, as ours are. A released checkpoint was not: it writes on
-    until the maximum, so the release searches with 4 beams and tidies up (vlv.converting.release.GENERATION).
+    until the maximum, so the release searches with 4 beams and tidies up (vlv.convert.release.GENERATION).
     """
 
     beams: Positive = Field(default=1, description="1: greedy; more: beam search, the most likely caption is taken")

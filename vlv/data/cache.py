@@ -17,10 +17,10 @@ import safetensors
 import safetensors.torch
 import torch
 
-from vlv import files, images
 from vlv.data import shards
 from vlv.data.shards import ShardEntry
-from vlv.progress import meter
+from vlv.io import files, images
+from vlv.io.progress import meter
 
 log = logging.getLogger(__name__)
 

@@ -8,10 +8,10 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from vlv import files, images
 from vlv.data import shards
 from vlv.data.shards import DataError, Manifest, Sample, SplitEntry
 from vlv.data.vocabulary import Count, Coverage, Vocabulary
+from vlv.io import files, images
 
 
 @dataclass

@@ -19,11 +19,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vlv import images
 from vlv.data import shards
 from vlv.data.shards import DataError, Sample, ShardEntry
-from vlv.images import Pixels
-from vlv.scenes import Scene
+from vlv.io import images
+from vlv.io.images import Pixels
+from vlv.tiny.scenes import Scene
 
 # Shard name -> tensors whose first dimension counts the shard's samples in file order.
 Extra = Callable[[str], dict[str, Tensor]]

@@ -10,7 +10,7 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from vlv import files, pinning
+from vlv.io import files, pinning
 
 
 @dataclass(frozen=True)

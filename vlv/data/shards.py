@@ -16,9 +16,9 @@ from typing import Any, Literal
 
 from pydantic import ValidationError
 
-from vlv import files
 from vlv.config import Section
 from vlv.data import pointer as dvc_pointer
+from vlv.io import files
 
 IMAGE_EXTENSIONS = ("png", "jpg", "jpeg", "webp")
 MANIFEST, TABLE = "manifest.json", "samples.parquet"

@@ -1,4 +1,4 @@
-"""Where data/ comes from: emoji scenes drawn on the spot, or own images (vlv.data.importing).
+"""Where data/ comes from: emoji scenes drawn on the spot, or own images (vlv.data.import_).
 
 Both write the same shards. Equal input gives equal bytes, so that data.dvc can pin a folder that is nowhere
 stored and made again on each machine.
@@ -11,14 +11,16 @@ from typing import Any, get_args
 
 import numpy as np
 
-from vlv import assets, config, files, images, scenes
+from vlv import config
 from vlv.data import shards, writer
 from vlv.data.shards import DataError, Manifest
 from vlv.data.writer import Progress, Record
+from vlv.io import assets, files, images
+from vlv.tiny import scenes
 
 logger = logging.getLogger(__name__)
 
-# Raise it when vlv.scenes draws or writes differently: data made before is then made again.
+# Raise it when vlv.tiny.scenes draws or writes differently: data made before is then made again.
 _SCENES_VERSION = 1
 # What a manifest that does not say so was made with; not written, so that data made before keeps its bytes.
 _BEFORE = {"resize": "bicubic"}

@@ -11,8 +11,8 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from vlv import files
 from vlv.data.shards import MANIFEST, TABLE, Manifest, ShardEntry, SplitEntry
+from vlv.io import files
 
 # Called now and then with what is made, how many are done, and of how many.
 Progress = Callable[[str, int, int], None]

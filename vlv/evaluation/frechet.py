@@ -10,9 +10,9 @@ import torch.nn.functional as F
 from torch import nn
 from torchmetrics.image.fid import _compute_fid
 
-from vlv import images
-from vlv.images import Pixels
-from vlv.progress import meter
+from vlv.io import images
+from vlv.io.images import Pixels
+from vlv.io.progress import meter
 
 log = logging.getLogger(__name__)
 

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from vlv.images import Pixels
+from vlv.io.images import Pixels
 
 
 def psnr(drawn: Sequence[Pixels], true: Sequence[Pixels]) -> float:

@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from vlv import files
 from vlv.config import Config
+from vlv.io import files
 
 
 def write_curve(rows: Sequence[Mapping[str, float]], path: Path) -> None:

@@ -8,15 +8,17 @@ from typing import Any
 import torch
 from torch import nn
 
-from vlv import config, draws, images
+from vlv import config
+from vlv import rng as draws
 from vlv.config import Config, Paths
 from vlv.dropout import Masks
-from vlv.models import folder as folders
-from vlv.models import pretrained
+from vlv.io import images
+from vlv.io.preprocessing import Preprocessing
+from vlv.models import build as pretrained
+from vlv.models import saved as folders
 from vlv.models.conditioners.base import Context
 from vlv.models.decoders.base import Decoder
 from vlv.models.encoder import CaptionEncoder
-from vlv.preprocessing import Preprocessing
 
 KIND = "autoencoder"
 PARTS = ["encoder", "decoder"]

@@ -10,11 +10,12 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from vlv import images
 from vlv.config import Config, Generation, Paths
 from vlv.dropout import Masks
-from vlv.models import adapters, pretrained
-from vlv.models import folder as folders
+from vlv.io import images
+from vlv.models import adapters
+from vlv.models import build as pretrained
+from vlv.models import saved as folders
 from vlv.models.autoencoder import build_encoder
 from vlv.models.cleaning import clean_up
 from vlv.models.conditioners.base import Conditioner

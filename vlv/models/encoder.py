@@ -12,9 +12,9 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import Florence2ForConditionalGeneration, PreTrainedTokenizerBase
 
-from vlv import files, images
 from vlv.dropout import DropPath, Masks, dropping
-from vlv.preprocessing import Preprocessing
+from vlv.io import files, images
+from vlv.io.preprocessing import Preprocessing
 
 Learn = Literal["language_model", "decoder_only", "all", "queries_only"]
 

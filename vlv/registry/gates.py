@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from vlv import files
+from vlv.io import files
 from vlv.registry.policy import Figures, Policy, below_thresholds, worse_than_champion
 
 SERVING_SECONDS = 900  # loading a large model from a remote store included

@@ -4,8 +4,8 @@ import os
 import subprocess
 from pathlib import Path
 
-from vlv import files
 from vlv.config import Paths
+from vlv.io import files
 
 UNKNOWN = "unknown"
 

@@ -8,8 +8,8 @@ from typing import Literal
 
 from pydantic import Field, TypeAdapter, ValidationError, model_validator
 
-from vlv import files
 from vlv.config import Paths, Section
+from vlv.io import files
 
 Gate = Literal["thresholds", "champion", "data", "serving", "git"]
 Figures = Mapping[str, float]

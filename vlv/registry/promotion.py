@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Literal
 
 import filelock
 
-from vlv import files, tracking
+from vlv import tracking
 from vlv.config import Paths
+from vlv.io import files
 from vlv.registry.gates import GATES, Candidate
 from vlv.registry.policy import load_policy
 from vlv.registry.versions import (

@@ -9,8 +9,9 @@ from importlib.metadata import version as installed
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from vlv import files, tracking
+from vlv import tracking
 from vlv.config import Paths
+from vlv.io import files
 from vlv.registry.versions import CHALLENGER, FIGURES_TAG, RegistryError, explained, numbers
 from vlv.tracking import store
 from vlv.tracking.run import clean_key

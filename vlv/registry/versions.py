@@ -8,8 +8,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vlv import files, tracking
+from vlv import tracking
 from vlv.config import Paths
+from vlv.io import files
 from vlv.tracking import store
 
 if TYPE_CHECKING:

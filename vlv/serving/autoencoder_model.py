@@ -21,7 +21,7 @@ class AutoencoderModel(PythonModel):
     def predict(
         self, context: PythonModelContext, model_input: pd.DataFrame, params: dict[str, Any] | None = None
     ) -> pd.DataFrame:
-        from vlv import images
+        from vlv.io import images
 
         chosen = {"steps": 50, "guidance": 2.0, "seed": 42, **(params or {})}
         rows = enumerate(model_input["image"])

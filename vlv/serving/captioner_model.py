@@ -20,7 +20,7 @@ class CaptionerModel(PythonModel):
     def predict(
         self, context: PythonModelContext, model_input: pd.DataFrame, params: dict[str, Any] | None = None
     ) -> pd.DataFrame:
-        from vlv import images
+        from vlv.io import images
 
         rows = enumerate(model_input["image"])
         pictures = [images.decode_base64(text, f"row {row}") for row, text in rows]

@@ -10,8 +10,9 @@ import os
 import sys
 from typing import Any
 
-from vlv import config, files
+from vlv import config
 from vlv.config import Paths
+from vlv.io import files
 
 NAMES = ["inputs", "validate", "stage1", "stage2", "evaluate", "register"]
 _TRAININGS = {"stage1", "stage2"}

@@ -10,8 +10,9 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from vlv import config, files
+from vlv import config
 from vlv.config import ConfigError, Paths
+from vlv.io import files
 from vlv.stages import lineage
 from vlv.stages.lineage import Origin
 from vlv.training import checkpoint

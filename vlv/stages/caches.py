@@ -6,9 +6,10 @@ from typing import Any
 
 import torch
 
-from vlv import closure, config
+from vlv import config
 from vlv.config import Config, Paths, Precision
 from vlv.data.cache import Compute, ShardCache
+from vlv.inputs import closure
 from vlv.models.autoencoder import Autoencoder
 from vlv.models.captioner import Captioner
 from vlv.models.encoder import CaptionEncoder
@@ -29,7 +30,7 @@ def latents(settings: Config, paths: Paths, model: Autoencoder) -> ShardCache:
 
     roots = [
         *lineage.decoder_code(settings.decoder),
-        "vlv.models.pretrained:decoder",
+        "vlv.models.build:decoder",
         "vlv.models.decoders.base:Decoder.encode",
     ]
     precision = settings.stage1.precision
@@ -39,7 +40,7 @@ def latents(settings: Config, paths: Paths, model: Autoencoder) -> ShardCache:
 
 def features(settings: Config, paths: Paths, encoder: CaptionEncoder, precision: Precision) -> ShardCache:
     """The frozen vision tower's features (B, T, D)."""
-    roots = ["vlv.models.pretrained:encoder", "vlv.models.encoder:CaptionEncoder.features"]
+    roots = ["vlv.models.build:encoder", "vlv.models.encoder:CaptionEncoder.features"]
     identity = _of_part(settings.encoder, paths, precision) | _code(roots)
     compute = _in_precision(lambda x: {"features": encoder.features(x)}, encoder.queries.device, precision)
     return _cache("features", identity, paths, compute)
@@ -49,8 +50,8 @@ def contexts(settings: Config, paths: Paths, captioner: Captioner) -> ShardCache
     """The context (B, Q, C) of the encoder as Stage 1 left it."""
     roots = [
         *lineage.decoder_code(settings.decoder),
-        "vlv.models.pretrained:conditioner",
-        "vlv.models.pretrained:encoder",
+        "vlv.models.build:conditioner",
+        "vlv.models.build:encoder",
         "vlv.models.captioner:Captioner.context",
     ]
     precision = settings.stage2.precision

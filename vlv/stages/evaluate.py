@@ -7,22 +7,24 @@ from typing import Any
 
 import torch
 
-from vlv import assets, files, images, scenes, tracking
+from vlv import tracking
 from vlv.config import Config, Paths
 from vlv.data.loader import ShardLoader
 from vlv.evaluation import frechet, intervals, report
 from vlv.evaluation.reconstruct import psnr, psnr_of_each
-from vlv.evaluation.scenes import score, terms
 from vlv.evaluation.sentences import SentenceModel, similarity
-from vlv.images import Pixels
+from vlv.io import assets, files, images
+from vlv.io.images import Pixels
+from vlv.io.progress import meter
 from vlv.models import device
 from vlv.models.autoencoder import Autoencoder
 from vlv.models.captioner import Captioner
-from vlv.models.recogniser import SceneRecogniser
-from vlv.progress import meter
 from vlv.registry.versions import numbers
-from vlv.scenes import Scene
 from vlv.stages import lineage, stage2
+from vlv.tiny import scenes
+from vlv.tiny.counting import score, terms
+from vlv.tiny.recogniser import SceneRecogniser
+from vlv.tiny.scenes import Scene
 
 log = logging.getLogger(__name__)
 

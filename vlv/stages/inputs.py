@@ -8,8 +8,8 @@ anything else, such as a comment, another stage or another kind of decoder, does
 import logging
 from typing import Any
 
-from vlv import files
 from vlv.config import Config, Paths
+from vlv.io import files
 from vlv.stages import lineage
 
 log = logging.getLogger(__name__)

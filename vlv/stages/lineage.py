@@ -4,8 +4,10 @@ import json
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from vlv import assets, closure, config, files
+from vlv import config
 from vlv.config import Config, Paths
+from vlv.inputs import closure
+from vlv.io import assets, files
 
 if TYPE_CHECKING:
     import torch

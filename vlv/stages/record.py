@@ -7,10 +7,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from vlv import files, tracking
+from vlv import tracking
 from vlv.config import Config, Paths, Training
 from vlv.data import shards
 from vlv.evaluation import report
+from vlv.io import files
 from vlv.stages import adoption
 from vlv.stages.lineage import Origin
 from vlv.tracking.mirror import mirrored

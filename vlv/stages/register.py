@@ -5,11 +5,12 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from vlv import files, registry, tracking
+from vlv import registry, tracking
 from vlv.config import Config, ConfigError, Paths
 from vlv.data.loader import ShardLoader
-from vlv.images import encode_png, to_arrays
-from vlv.models import folder as folders
+from vlv.io import files
+from vlv.io.images import encode_png, to_arrays
+from vlv.models import saved as folders
 
 
 def run(settings: Config, paths: Paths) -> dict[str, Any]:

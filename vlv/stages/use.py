@@ -6,13 +6,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from vlv import config, files, images, registry
+from vlv import config, registry
 from vlv.config import Paths
 from vlv.evaluation.reconstruct import psnr
+from vlv.io import files, images
+from vlv.io.progress import meter
 from vlv.models import device
 from vlv.models.autoencoder import Autoencoder
 from vlv.models.captioner import Captioner
-from vlv.progress import meter
 
 log = logging.getLogger(__name__)
 

@@ -2,9 +2,10 @@
 
 from typing import Any
 
-from vlv import files, tracking
+from vlv import tracking
 from vlv.config import Config, Paths
-from vlv.data import expectations
+from vlv.data import gate as expectations
+from vlv.io import files
 from vlv.stages import words
 
 

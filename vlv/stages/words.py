@@ -7,10 +7,11 @@ from typing import TYPE_CHECKING
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from vlv import assets, config, files
+from vlv import config
 from vlv.config import Config, LanguageModel, Paths
 from vlv.data import shards
 from vlv.data.vocabulary import Coverage, coverage
+from vlv.io import assets, files
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -18,7 +18,7 @@ from typing import Any
 import filelock
 from pydantic import TypeAdapter, ValidationError
 
-from vlv import files
+from vlv.io import files
 
 log = logging.getLogger(__name__)
 
@@ -92,7 +92,7 @@ class Journal:
     def attach(self, source: Path) -> str:
         """Keep a file or folder as it is now; the answer is its path below the journal's folder.
 
-        Hard links where the file system has them: results are replaced by renaming (vlv.files), so a link
+        Hard links where the file system has them: results are replaced by renaming (vlv.io.files), so a link
         keeps the content of today without a second copy of the weights.
         """
         if not source.exists():

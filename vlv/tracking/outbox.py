@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from vlv.config import Paths
-from vlv.files import LockHeldError
+from vlv.io.files import LockHeldError
 from vlv.tracking import delivery, journal, store
 
 log = logging.getLogger(__name__)

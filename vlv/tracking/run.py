@@ -12,16 +12,16 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from vlv import files
 from vlv.config import Paths
-from vlv.stopping import Stopped
+from vlv.io import files
+from vlv.io.stopping import Stopped
 from vlv.tracking import delivery, outbox, store
 from vlv.tracking.journal import Head, Journal, curve, encode, journals, last_steps, params_given, resumed_by
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from vlv.images import Pixels
+    from vlv.io.images import Pixels
 
 log = logging.getLogger(__name__)
 
@@ -98,7 +98,7 @@ class Run:
 
     def log_image(self, pixels: "Pixels", name: str, to: str = "") -> None:
         """(H, W, 3) uint8 as a PNG file."""
-        from vlv import images
+        from vlv.io import images
 
         self.log_bytes(images.encode_png(pixels), name, to)
 

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 
 import filelock
 
-from vlv import files, telemetry
 from vlv.config import Paths
+from vlv.io import files, telemetry
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient

@@ -18,7 +18,7 @@ import safetensors
 import safetensors.torch
 import torch
 
-from vlv import files
+from vlv.io import files
 from vlv.training import parallel
 
 log = logging.getLogger(__name__)

@@ -5,7 +5,7 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from vlv import files
+from vlv.io import files
 
 log = logging.getLogger(__name__)
 

@@ -10,8 +10,8 @@ from typing import Any
 
 from pydantic import Field, ValidationError
 
-from vlv import files
 from vlv.config import Compute, Section
+from vlv.io import files
 from vlv.training.energy import EnergyMeter
 
 NAME = "ledger.json"

@@ -18,10 +18,10 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.utils.flop_counter import FlopCounterMode
 
-from vlv import files
 from vlv.config import Training
-from vlv.progress import meter
-from vlv.stopping import Stopped
+from vlv.io import files
+from vlv.io.progress import meter
+from vlv.io.stopping import Stopped
 from vlv.training import blocks, checkpoint, optim, parallel, runtime, zero
 from vlv.training.ledger import Ledger
 

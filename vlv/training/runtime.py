@@ -19,7 +19,7 @@ from accelerate import Accelerator, DistributedDataParallelKwargs, PartialState
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin, set_seed
 from torch.distributed.fsdp import MixedPrecisionPolicy
 
-from vlv import draws
+from vlv import rng as draws
 from vlv.config import ConfigError, Training
 
 log = logging.getLogger(__name__)

@@ -21,9 +21,9 @@ from typing import Any
 
 import psutil
 
-from vlv import files
 from vlv.config import ConfigError
-from vlv.stopping import Stopped, end_with
+from vlv.io import files
+from vlv.io.stopping import Stopped, end_with
 
 log = logging.getLogger(__name__)
 

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pyarrow as pa
 
-from vlv import files
 from vlv.data.readers.columns import ColumnsReader
 from vlv.data.shards import DataError
+from vlv.io import files
 
 STATE = "state.json"
 _ROWS = 16  # decoded from a batch at a time

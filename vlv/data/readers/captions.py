@@ -4,9 +4,9 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from vlv import files
 from vlv.data.readers.found import is_text, rank
 from vlv.data.readers.names import Rule
+from vlv.io import files
 
 CONVERSATIONS = "conversations"  # LLaVA's: what a person asked about an image, and the answers
 

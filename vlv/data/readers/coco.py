@@ -6,9 +6,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from vlv import files
 from vlv.data.readers.listed import Entry
 from vlv.data.shards import DataError
+from vlv.io import files
 
 logger = logging.getLogger(__name__)
 

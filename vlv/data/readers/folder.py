@@ -10,13 +10,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from vlv import files
 from vlv.data.readers import captions
 from vlv.data.readers.found import IMAGES, Content, Found, rank
 from vlv.data.readers.img2dataset import failures
 from vlv.data.readers.names import Rule
 from vlv.data.readers.scratch import database
 from vlv.data.shards import DataError
+from vlv.io import files
 
 SIDECARS = (".txt", ".caption", ".json")  # the first that is there counts
 # What may hold the captions of a whole folder, unless it says by its name that it is about the folder.

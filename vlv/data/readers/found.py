@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal, Protocol
 
-from vlv import images
+from vlv.io import images
 
 Split = Literal["train", "validation", "test"]
 

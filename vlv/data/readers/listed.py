@@ -9,11 +9,11 @@ from itertools import groupby, islice
 from pathlib import Path
 from typing import Any
 
-from vlv import files
 from vlv.data.readers import captions
 from vlv.data.readers.found import Content, Found, locate, rank, stamp
 from vlv.data.readers.names import Rule
 from vlv.data.readers.scratch import database
+from vlv.io import files
 
 logger = logging.getLogger(__name__)
 

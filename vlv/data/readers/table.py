@@ -14,12 +14,12 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from vlv import files
 from vlv.data.readers import captions
 from vlv.data.readers.columns import PATHS, listed_names, pylist
 from vlv.data.readers.listed import Entry
 from vlv.data.readers.names import NONE
 from vlv.data.shards import DataError
+from vlv.io import files
 
 logger = logging.getLogger(__name__)
 

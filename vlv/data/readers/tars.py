@@ -10,12 +10,12 @@ from io import BufferedIOBase
 from pathlib import Path, PurePosixPath
 from typing import Any, get_args
 
-from vlv import files
 from vlv.data.readers import captions
 from vlv.data.readers.found import IMAGES, Content, Found, Split, shuffled, stamp
 from vlv.data.readers.img2dataset import failures, is_table
 from vlv.data.readers.names import Rule
 from vlv.data.writer import WRITTEN
+from vlv.io import files
 
 ENDINGS = (".tar", ".tar.gz", ".tgz")
 _TEXTS = ("txt", "caption")

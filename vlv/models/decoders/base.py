@@ -22,8 +22,9 @@ from diffusers import (
 from diffusers.models.attention_processor import AttnProcessor
 from torch import nn
 
-from vlv import draws, images
+from vlv import rng as draws
 from vlv.config import Timesteps
+from vlv.io import images
 from vlv.models.conditioners.base import C, Conditioner, Context
 from vlv.models.decoders.timesteps import draw_timesteps
 

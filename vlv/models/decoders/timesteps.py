@@ -2,7 +2,7 @@
 
 import torch
 
-from vlv import draws
+from vlv import rng as draws
 from vlv.config import Timesteps
 
 

@@ -1,0 +1,78 @@
+"""`vlv data select`: which images of LAION to download."""
+
+import re
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from vlv import config
+from vlv.config import Paths
+
+_UNITS = {"": 1, "K": 1_000, "M": 1_000_000, "B": 1_000_000_000}
+
+
+def _counts(texts: list[str]) -> dict[str, int]:
+    """{"6M": 6_000_000, ...} of "40M,18M" and the like."""
+    counts: dict[str, int] = {}
+    for text in (one.strip() for several in texts for one in several.split(",")):
+        match = re.fullmatch(r"(\d+(?:\.\d+)?)([KMB]?)", text, re.IGNORECASE)
+        count = round(float(match[1]) * _UNITS[match[2].upper()]) if match else 0
+        if not count:
+            raise typer.BadParameter(f"{text!r} is no count; such as 600000, 600K, 40M")
+        counts[text.upper()] = count
+    return counts
+
+
+def select(
+    metadata: Annotated[
+        list[Path],
+        typer.Argument(metavar="METADATA...", help="LAION's parquet files, or folders of them.", exists=True),
+    ],
+    output: Annotated[
+        Path, typer.Option("-o", "--output", help="Folder for the URL lists; an earlier selection is replaced.")
+    ],
+    count: Annotated[
+        list[str], typer.Option(help="Subset sizes, such as 40M,18M,6M: each lies within the next larger.")
+    ],
+    seed: Annotated[int, typer.Option(help="Of the drawing: the same seed draws the same images.")] = 0,
+    side_above: Annotated[int, typer.Option(min=0, help="The shorter side must be above so many pixels.")] = 512,
+    aspect_low: Annotated[float, typer.Option(min=0, help="Least width / height.")] = 0.5,
+    aspect_high: Annotated[float, typer.Option(min=0, help="Greatest width / height.")] = 2.0,
+    watermark_below: Annotated[float, typer.Option(min=0, help="The watermark probability must be below.")] = 0.5,
+    unsafe_below: Annotated[
+        float | None,
+        typer.Option(min=0, help="The unsafe probability must be below; without: not looked at, as in the paper."),
+    ] = None,
+    images: Annotated[Path, typer.Option(help="Where the printed commands download to.")] = Path("images"),
+) -> None:
+    """Choose images of LAION-2B-en-aesthetic by their metadata, before anything is downloaded.
+
+    The defaults are the paper's: shorter side above 512, aspect ratio 0.5 to 2, watermark probability below 0.5. Each
+    row left out is counted by reason in selection.json. Then the commands are printed that download the
+    images with img2dataset, which needs an environment of its own; `vlv data import` takes what it makes.
+
+    [dim]vlv data select laion2B-en-aesthetic -o urls --count 40M,18M,6M --seed 1[/]
+    """
+    from vlv.data.laion import download, subsets
+    from vlv.data.laion.criteria import Criteria
+
+    counts = _counts(count)
+    criteria = Criteria(side_above, aspect_low, aspect_high, watermark_below, unsafe_below)
+    found = subsets.select(metadata, output, counts, seed, criteria)
+    typer.echo(f"read {found.read:,}")
+    for reason, number in found.dropped.items():
+        typer.echo(f"  {reason} {number:,}")
+    for subset in found.subsets:
+        typer.echo(f"{subset.name}: {subset.rows:,} URLs, {subset.new:,} of them in {output / subset.name}")
+        if subset.rows < subset.count:
+            typer.secho(f"{subset.name}: {subset.count - subset.rows:,} fewer than asked for", fg="yellow", err=True)
+    data = config.load(Paths.find()).data
+    typer.echo(f"Report: {output / subsets.REPORT}. To download (in an environment of its own):\n")
+    typer.echo(download.install())
+    for command in download.commands(output, images, found, max(data.image_size, data.gate.min_side)):
+        typer.echo("\n" + command)
+    names = [subset.name for subset in found.subsets]
+    typer.echo(
+        f"\nThen: vlv data import {images}" + (f" (only {names[0]}: {images / names[0]})" if len(names) > 1 else "")
+    )

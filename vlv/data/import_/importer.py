@@ -1,0 +1,269 @@
+"""`import_images`: a foreign set of images becomes data/."""
+
+import logging
+import os
+import shutil
+from collections import Counter, deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+
+from vlv.data import writer
+from vlv.data.import_ import recipe as recipes
+from vlv.data.import_.recaption import CaptionTable
+from vlv.data.import_.recipe import Prepared, Recipe
+from vlv.data.import_.splits import SPLITS, Shares
+from vlv.data.import_.staging import Staging
+from vlv.data.import_.tally import Note, Tally
+from vlv.data.readers.folder import FolderReader
+from vlv.data.readers.formats import ReadOptions, open_source
+from vlv.data.readers.found import Found, Reader, Split
+from vlv.data.readers.names import NONE
+from vlv.data.shards import TABLE, DataError, Manifest, ShardEntry, SplitEntry
+from vlv.data.writer import Record
+from vlv.io import files
+from vlv.io.progress import meter
+
+logger = logging.getLogger(__name__)
+
+# A piece ends with its shard_size-th image; where most downloads have failed, earlier: their rows are in memory.
+_ROWS_PER_IMAGE = 4
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """An import. `captions`: a table that `vlv data caption` made; its captions go before the source's."""
+
+    recipe: Recipe
+    shard_size: int
+    shares: Shares = field(default_factory=Shares)
+    reading: ReadOptions = field(default_factory=ReadOptions)
+    captions: Path | None = None
+    description: str | None = None
+
+
+@dataclass(frozen=True)
+class ImportReport:
+    """What became of an import; `notes` holds the first few samples of each reason, samples.parquet all."""
+
+    manifest: Manifest
+    tally: Tally
+
+    @property
+    def notes(self) -> list[Note]:
+        return self.tally.notes
+
+    def counts(self) -> dict[str, int]:
+        """How many were found and kept, and how many were dropped or lost their caption for each reason."""
+        return {"found": self.tally.found, **self.tally.counts()}
+
+
+def import_images(
+    source: Path, data: Path, wanted: Wanted, *, workers: int | None = None, restart: bool = False
+) -> ImportReport:
+    """Replace `data` by the images of `source`. Equal sources give equal bytes, also after a kill.
+
+    Dropped, with the reason as status in the training table: what vlv.data.import_.recipe and the reader name,
+    and `duplicate` (the same pixels once cut). Memory: a few images for each of the `workers` threads (default: one
+    for each processor) and the table's rows of one shard, whatever the size of the source. Work in progress lies
+    beside `data`, in `.import.NAME`.
+
+    Raises:
+        DataError: a source that cannot be read, without one usable image, or in one folder with `data`; one that
+            holds captions of which not one was found; an unfinished import of another kind.
+        LockHeldError: another import of this data runs.
+    """
+    _check_apart(source, data)
+    staging = data.parent / f".import.{data.name}"
+    try:
+        with files.folder_lock(staging, "vlv data import"):
+            report = _Import(source, data, staging, wanted, workers, restart).run()
+            shutil.rmtree(staging)
+            return report
+    finally:
+        if staging.is_dir() and not (staging / "import.json").exists():  # nothing was begun
+            shutil.rmtree(staging)
+
+
+def _check_apart(source: Path, data: Path) -> None:
+    inner, target = source.resolve(), data.resolve()
+    if inner.is_relative_to(target) or target.is_relative_to(inner):
+        raise DataError(f"{source} and {data} lie in one another; {data} is replaced, so move the images elsewhere")
+
+
+class _Import:
+    def __init__(
+        self, source: Path, data: Path, staging: Path, wanted: Wanted, workers: int | None, restart: bool
+    ) -> None:
+        self._source, self._data, self._staging, self._wanted = source, data, staging, wanted
+        self._workers = workers or os.cpu_count() or 1
+        scratch = staging / "scratch"
+        self._reader: Reader = open_source(source, scratch, wanted.reading)
+        self._captions = CaptionTable(wanted.captions, scratch) if wanted.captions is not None else None
+        self._wants_captions = wanted.captions is None and wanted.reading.caption_column != NONE
+        if self._wants_captions and isinstance(self._reader, FolderReader):
+            self._reader.ask_for_captions()
+        self._stage = Staging(staging, self._identity(), restart=restart)
+
+    def _identity(self) -> dict[str, Any]:
+        wanted, reading = self._wanted, self._wanted.reading
+        return {
+            "source": self._source.name,
+            "files in it": self._reader.fingerprint(),
+            "format": self._reader.format,
+            "recipe": asdict(wanted.recipe),
+            "shard_size": wanted.shard_size,
+            "splits": asdict(wanted.shares),
+            "reading": [reading.image_column, reading.caption_column, reading.rule, reading.seed],
+            "images": None if reading.images is None else reading.images.name,
+            "captions": None if wanted.captions is None else files.sha256_file(wanted.captions),
+        }
+
+    def run(self) -> ImportReport:
+        try:
+            self._read_all()
+            tally = self._stage.tally()
+            problem = self._problem(tally)
+            if problem is not None:
+                shutil.rmtree(self._staging)
+                raise DataError(f"{self._source}: {problem} {self._data} is unchanged.")
+            return ImportReport(self._assemble(tally), tally)
+        finally:
+            self._stage.close()
+
+    def _problem(self, tally: Tally) -> str | None:
+        """Why the import cannot be what was meant, and what to say."""
+        if not tally.kept:
+            lost = {"image_missing", "outside_folder"} & set(tally.dropped)
+            remedy = " If the images are in another folder, name it: --images FOLDER." if lost else ""
+            return f"none of {tally.found} images can be used {dict(tally.dropped) or ''}.{remedy}"
+        # What there was of captions, or may have been.
+        found = tally.captions_left_out + Counter(image_missing=tally.dropped["image_missing"])
+        if self._wants_captions and found and not tally.captions:
+            note = next(note for note in tally.notes if note.reason in found)
+            return (
+                f"{tally.kept} images, but not one caption that can be used {dict(found)}, such as {note.path}: "
+                f"{note.message}. If they are in another column, name it: --caption-column NAME; if there are none, "
+                f"say so: --caption-column {NONE}."
+            )
+        return None
+
+    def _read_all(self) -> None:
+        number, part, skip = self._stage.resume()
+        if number:
+            logger.info("Going on after %d shards of an earlier run", number)
+        with ThreadPoolExecutor(self._workers) as pool, meter("Importing", self._reader.total()) as progress:
+            progress.skip(self._stage.tally().found if number else 0)
+            found = self._reader.read(part, skip)
+            try:
+                for prepared in _pieces(_prepared(pool, found, self._wanted.recipe, 4 * self._workers)):
+                    with self._stage.piece(number) as piece:
+                        for sample in prepared:
+                            kept, split = self._judge(sample)
+                            piece.add(kept, split)
+                            progress.advance()
+                            if piece.images >= self._wanted.shard_size:
+                                break
+                            if piece.tally.found >= _ROWS_PER_IMAGE * self._wanted.shard_size:
+                                break
+                        last = sample.place
+                    self._stage.commit(number, last.part, last.index + 1)
+                    number += 1
+            finally:
+                pool.shutdown(cancel_futures=True)
+
+    def _judge(self, sample: Prepared) -> tuple[Prepared, Split]:
+        """The sample with its own caption or dropped as a duplicate, and its split."""
+        if sample.content is None:
+            return sample, "train"
+        first = self._stage.first_with(sample.content, sample.place.url)
+        if first is not None:
+            return recipes.drop(sample, "duplicate", f"same picture as {first}"), "train"
+        if self._captions is not None and sample.source_sha256 is not None:
+            caption = self._captions.find(sample.source_sha256)
+            sample = sample if caption is None else recipes.with_caption(sample, caption)
+        return sample, sample.split or self._wanted.shares.split_of(sample.content or "")
+
+    def _assemble(self, tally: Tally) -> Manifest:
+        """Put the pieces together: training shards as they are, the two small splits in full shards."""
+        wanted = self._wanted
+        about: dict[str, Any] = {
+            "kind": "imported",
+            "description": wanted.description or self._source.resolve().name,
+            "format": self._reader.format,
+            "image_size": wanted.recipe.image_size,
+            "shard_size": wanted.shard_size,
+            "encoding": wanted.recipe.encoding,
+            "splits": asdict(wanted.shares),
+            "counts": tally.counts(),
+        }
+        if wanted.recipe.resize != "bicubic":
+            about["resize"] = wanted.recipe.resize
+        moved = self._moved(tally)
+        with files.atomic_folder(self._data) as folder:
+            splits: dict[str, SplitEntry] = {}
+            for split in SPLITS:
+                if split == "train" and moved is None:
+                    splits[split] = self._link(folder / split)
+                else:
+                    splits[split] = writer.write_split(folder / split, self._records(split, moved), wanted.shard_size)
+            manifest = Manifest(source=about, splits=splits)
+            writer.write_manifest(folder, manifest)
+        return manifest
+
+    def _link(self, folder: Path) -> SplitEntry:
+        """The pieces' training shards, hard-linked (copied where the file system cannot), and one table of all."""
+        folder.mkdir()
+        entries: list[ShardEntry] = []
+        with writer.open_table(folder / TABLE) as table:
+            for number in self._stage.pieces():
+                tar, entry, rows = self._stage.shard(number, "train")
+                table.write_table(pq.read_table(rows, columns=table.schema.names))
+                if entry is not None:
+                    entries.append(entry)
+                    try:
+                        os.link(tar, folder / tar.name)
+                    except OSError:
+                        shutil.copyfile(tar, folder / tar.name)
+        samples = sum(entry.samples for entry in entries)
+        return SplitEntry(samples=samples, shards=entries, table_sha256=files.sha256_file(folder / TABLE))
+
+    def _moved(self, tally: Tally) -> dict[str, Split] | None:
+        """Splits by the hash of the pixels, where a split that is wanted has got no image: only in a small set."""
+        if self._reader.format == "shards":
+            return None  # the source decides
+        contents = self._stage.contents
+        empty = [split for split in self._wanted.shares.wanted() if next(contents(split), None) is None]
+        if not empty:
+            return None
+        logger.info("%d images leave %s empty: the splits are filled by hand", tally.kept, " and ".join(sorted(empty)))
+        return self._wanted.shares.filled([content for split in SPLITS for content in contents(split)])
+
+    def _records(self, split: Split, moved: dict[str, Split] | None) -> Iterator[Record]:
+        """The records of a split; all failed ones stand in the training table."""
+        for stored in [split] if moved is None else SPLITS:
+            for content, record in self._stage.records(stored):
+                if (split if moved is None else "train" if content is None else moved[content]) == split:
+                    yield record
+
+
+def _prepared(pool: ThreadPoolExecutor, found: Iterable[Found], recipe: Recipe, window: int) -> Iterator[Prepared]:
+    """Samples prepared in parallel, in the order in which they were found; at most `window` in memory."""
+    waiting: deque[Future[Prepared]] = deque()
+    for one in found:
+        waiting.append(pool.submit(recipes.prepare, one, recipe))
+        if len(waiting) >= window:
+            yield waiting.popleft().result()
+    while waiting:
+        yield waiting.popleft().result()
+
+
+def _pieces(samples: Iterator[Prepared]) -> Iterator[Iterator[Prepared]]:
+    """The samples again and again, from where the last reader of them stopped, as long as there is one."""
+    for first in samples:
+        yield chain([first], samples)

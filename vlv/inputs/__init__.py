@@ -1,0 +1,1 @@
+"""What decides a result: the code that a function reaches, as hashes."""

@@ -1,0 +1,1 @@
+"""Files, images, assets: how bytes come in and go out."""

@@ -1,0 +1,156 @@
+"""Saved models: a folder with config.json, the trained tensors as safetensors, and a card.
+
+Frozen pretrained parts are not copied but named, each with the hash of its contents. Loading is strict: the
+tensors in the file are exactly those that were trained, the parts exactly those it was trained with.
+"""
+
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import safetensors
+import safetensors.torch
+import torch
+from pydantic import TypeAdapter, ValidationError
+from torch import nn
+from typing_extensions import TypedDict  # pydantic takes typing's own from Python 3.12 on
+
+from vlv.config import Config, Paths
+from vlv.io import assets, files
+
+# Sections that say where and how a training ran, and nothing about the model: without them the same model is the same
+# files on every machine.
+_MACHINE = {"compute", "tracking"}
+CONFIG, WEIGHTS, CARD, PARTS = "config.json", "model.safetensors", "README.md", "parts"
+
+
+class ModelFolderError(RuntimeError):
+    """A folder that is not the saved model it should be; the message names folder, keys and remedy."""
+
+
+class Part(TypedDict):
+    """A frozen pretrained part: where it comes from, and the hash of its content."""
+
+    reference: str
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Saved:
+    """What config.json says: `kind` ("autoencoder" or "captioner"), the configuration it was built with and
+    the pretrained parts by section name."""
+
+    kind: str
+    config: Config
+    parts: dict[str, Part]
+
+
+def save(
+    folder: Path,
+    kind: str,
+    config: Config,
+    paths: Paths,
+    parts: list[str],
+    tensors: Mapping[str, torch.Tensor],
+    card: str,
+) -> None:
+    """Write a model folder atomically; `parts` are the configuration's sections whose pretrained folder it needs."""
+    described = {}
+    for name in parts:
+        section = getattr(config, name)
+        reference = (
+            section.pretrained if section.weights == "pretrained" else section.architecture or section.pretrained
+        )
+        described[name] = assets.describe(reference, assets.resolve(reference, paths))
+    contents = {name: tensor.detach().to("cpu").contiguous() for name, tensor in tensors.items()}
+    with files.atomic_folder(folder) as temporary:
+        safetensors.torch.save_file(contents, temporary / WEIGHTS, metadata={"format": "pt"})
+        files.write_json(
+            temporary / CONFIG,
+            {
+                "format": f"vlv-{kind}-1",
+                "config": config.model_dump(mode="json", by_alias=True, exclude=_MACHINE),
+                "parts": described,
+            },
+        )
+        files.write_text(temporary / CARD, card)
+
+
+def read(folder: Path, kind: str) -> Saved:
+    """Read and check config.json.
+
+    Raises:
+        ModelFolderError: not a folder of this kind.
+    """
+    path = folder / CONFIG
+    if not path.exists():
+        raise ModelFolderError(f"{folder} is no {kind}: it has no {CONFIG}. Train one with: dvc repro")
+    value = files.read_json_object(path)
+    if value.get("format") != f"vlv-{kind}-1":
+        raise ModelFolderError(f"{folder} holds {value.get('format', 'something else')!r}, not a vlv-{kind}-1")
+    try:
+        parts = TypeAdapter(dict[str, Part]).validate_python(value.get("parts"))
+        return Saved(kind, Config.model_validate(value.get("config")), parts)
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise ModelFolderError(
+            f"{path} is damaged ({'.'.join(map(str, first['loc']))}: {first['msg']}). Restore it, or train again."
+        ) from error
+
+
+def parts_root(folder: Path, saved: Saved, paths: Paths) -> Paths:
+    """Where the parts' references resolve: in the folder itself if it carries them, else in the project.
+
+    Raises:
+        ModelFolderError: a part is not the one the model was trained with.
+    """
+    root = Paths(folder / PARTS) if (folder / PARTS).exists() else paths
+    for name, part in saved.parts.items():
+        local = assets.resolve(part["reference"], root)
+        found = assets.describe(part["reference"], local)["sha256"]
+        if found != part["sha256"]:
+            raise ModelFolderError(
+                f"{folder} was trained with another {name}: {local} has sha256 {found[:12]}, it needs "
+                f"{part['sha256'][:12]}. Restore that part, or train again."
+            )
+    return root
+
+
+def restore(module: nn.Module, names: set[str], folder: Path) -> None:
+    """Copy the trained tensors into `module`; exactly `names` must be there.
+
+    Raises:
+        ModelFolderError: keys or shapes differ; the message lists them and says what the folder is.
+    """
+    try:
+        tensors = safetensors.torch.load_file(folder / WEIGHTS)
+    except (OSError, safetensors.SafetensorError) as error:
+        raise ModelFolderError(f"{folder / WEIGHTS} cannot be read: {error}") from error
+    missing, unexpected = sorted(names - tensors.keys()), sorted(tensors.keys() - names)
+    if missing or unexpected:
+        raise ModelFolderError(
+            f"{folder} does not fit this model: {len(missing)} tensors are missing {missing[:4]}, "
+            f"{len(unexpected)} unexpected {unexpected[:4]}."
+        )
+    own = module.state_dict(keep_vars=True)
+    with torch.no_grad():
+        for name, tensor in tensors.items():
+            if own[name].shape != tensor.shape:
+                raise ModelFolderError(
+                    f"{folder}: {name} is {tuple(tensor.shape)}, the model's is {tuple(own[name].shape)}"
+                )
+            own[name].copy_(tensor)
+
+
+def bundle(folder: Path, paths: Paths, target: Path) -> None:
+    """Copy a saved model to `target` together with its parts, so that it needs nothing else to load."""
+    value = files.read_json_object(folder / CONFIG)
+    shutil.copytree(folder, target)
+    for part in value["parts"].values():
+        if part["reference"].startswith("hf:"):
+            continue  # fetched by its revision and checked by its hash on first use
+        source = assets.resolve(part["reference"], paths)
+        copied = target / PARTS / part["reference"]
+        if not copied.exists():
+            shutil.copytree(source, copied)

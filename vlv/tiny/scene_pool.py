@@ -1,0 +1,52 @@
+"""Scenes for pretraining the tiny parts: drawn from the training split's specifications only."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from vlv.config import Paths, ScenesSource
+from vlv.io import assets, images
+from vlv.tiny import scenes
+from vlv.training import runtime
+
+# The pretraining's scenes come from streams of their own: other draws than those of data/.
+_STREAM = 7_100_000
+
+
+@dataclass(frozen=True)
+class Pool:
+    """Drawn scenes: specifications, captions and pixels (N, 3, 64, 64) uint8 (empty if not drawn)."""
+
+    scenes: list[scenes.Scene]
+    captions: list[str]
+    pixels: torch.Tensor
+
+    def __len__(self) -> int:
+        return len(self.scenes)
+
+
+def draw(
+    paths: Paths,
+    source: ScenesSource,
+    count: int,
+    stream: int,
+    split: scenes.Split = "train",
+    max_objects: int = 3,
+    pixels: bool = True,
+) -> Pool:
+    """Draw `count` scenes of a split; `stream` tells one pool from another."""
+    rng = np.random.default_rng([source.seed, _STREAM + stream])
+    drawn = scenes.specifications(split, rng, max_objects, unique=split != "train")
+    specifications = [next(drawn) for _ in range(count)]
+    captions = [scenes.write_caption(scene, rng) for scene in specifications]
+    batch = torch.empty(0, 3, scenes.SIZE, scenes.SIZE, dtype=torch.uint8)
+    if pixels:
+        painter = scenes.Painter(assets.resolve(source.sprites, paths))
+        batch = images.to_batch([painter.draw(scene, rng) for scene in specifications])
+    return Pool(specifications, captions, batch)
+
+
+def indices(count: int, batch: int, seed: int, step: int) -> torch.Tensor:
+    """Which of `count` samples step `step` takes: (batch,) int64, with replacement."""
+    return torch.randint(count, (batch,), generator=runtime.generator(seed, step, stream=1))
