@@ -22,7 +22,7 @@ from pathlib import Path
 from vlv import config
 from vlv.config import Paths
 from vlv.evaluation.sentences import SentenceModel
-from vlv.models import loading, pretrained
+from vlv.models import loading, build as pretrained
 from vlv.io.preprocessing import Preprocessing
 
 root, paths, outcomes = Path(sys.argv[1]), Paths(Path.cwd()), {}
