@@ -27,7 +27,7 @@ from vlv.data.import_.recipe import Recipe
 from vlv.data.import_.splits import Shares
 from vlv.evaluation import intervals
 from vlv.evaluation.reconstruct import psnr_of_each
-from vlv.evaluation.sentences import SentenceModel, similarity
+from vlv.evaluation.similarity import SentenceModel, similarity
 from vlv.io import files
 from vlv.models.autoencoder import Autoencoder
 from vlv.models.captioner import Captioner

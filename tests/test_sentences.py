@@ -7,7 +7,7 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 
-from vlv.evaluation.sentences import SentenceModel, similarity
+from vlv.evaluation.similarity import SentenceModel, similarity
 
 WORDS = ["[PAD]", "[UNK]", "a", "red", "cat", "dog", "beside", "the", "tree"]
 

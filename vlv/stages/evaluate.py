@@ -10,9 +10,11 @@ import torch
 from vlv import tracking
 from vlv.config import Config, Paths
 from vlv.data.loader import ShardLoader
-from vlv.evaluation import frechet, intervals, report
+from vlv.evaluation import fid as frechet
+from vlv.evaluation import figures as report
+from vlv.evaluation import intervals
 from vlv.evaluation.reconstruct import psnr, psnr_of_each
-from vlv.evaluation.sentences import SentenceModel, similarity
+from vlv.evaluation.similarity import SentenceModel, similarity
 from vlv.io import assets, files, images
 from vlv.io.images import Pixels
 from vlv.io.progress import meter

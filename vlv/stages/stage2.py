@@ -10,7 +10,7 @@ from vlv.data import shards, text
 from vlv.data.cache import ShardCache
 from vlv.data.loader import Grouping, ShardLoader
 from vlv.data.prefetch import prefetched
-from vlv.evaluation import report
+from vlv.evaluation import figures
 from vlv.models.autoencoder import Autoencoder
 from vlv.models.captioner import Captioner, Stage2Batch
 from vlv.models.encoder import CaptionEncoder
@@ -30,7 +30,7 @@ def run(settings: Config, paths: Paths) -> dict[str, Any]:
         captioner, cut = train_captioner(settings, paths, trained, record.training, origin.rest, on_log, "Stage 2")
         record.figures["captions_cut"] = cut
         if runtime.is_main():
-            captioner.save(record.model, settings, paths, report.card("captioner", settings))
+            captioner.save(record.model, settings, paths, figures.card("captioner", settings))
     return record.result()
 
 
