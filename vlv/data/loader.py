@@ -23,7 +23,6 @@ from vlv.data import shards
 from vlv.data.shards import DataError, Sample, ShardEntry
 from vlv.io import images
 from vlv.io.images import Pixels
-from vlv.tiny.scenes import Scene
 
 # Shard name -> tensors whose first dimension counts the shard's samples in file order.
 Extra = Callable[[str], dict[str, Tensor]]
@@ -32,7 +31,10 @@ _Position = tuple[int, int]  # shard, sample in it
 
 @dataclass(frozen=True)
 class Batch:
-    """B samples. `images` (B, 3, H, W) uint8, or None if not asked for; `extra`: the hook's rows."""
+    """B samples. `images` (B, 3, H, W) uint8, or None if not asked for; `extra`: the hook's rows.
+
+    `meta`: what each sample's JSON holds, with the ground truth where the source knows one.
+    """
 
     keys: list[str]
     images: Tensor | None
@@ -42,11 +44,6 @@ class Batch:
 
     def __len__(self) -> int:
         return len(self.keys)
-
-    @property
-    def scenes(self) -> list[Scene]:
-        """The known truth of each sample; `KeyError` where the data has none."""
-        return [Scene.from_json(meta["scene"]) for meta in self.meta]
 
 
 @dataclass(frozen=True)

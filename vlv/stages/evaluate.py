@@ -81,7 +81,7 @@ def read_test_set(settings: Config, paths: Paths) -> TestSet:
         test.pixels.extend(images.to_arrays(batch.images))
         test.captions.extend(batch.captions)
         if "scene" in batch.meta[0]:
-            test.scenes.extend(batch.scenes)
+            test.scenes.extend(Scene.from_json(meta["scene"]) for meta in batch.meta)
             test.novel_pair.extend(bool(meta["novel_pair"]) for meta in batch.meta)
     return test
 
