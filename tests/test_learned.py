@@ -93,7 +93,7 @@ def _trained(paths: Paths, sentence_model: Path) -> config.Config:
     raw["data"]["source"] = {"kind": "imported", "description": "own photographs"}
     raw["evaluate"] |= {
         "captions": 10, "reconstructions": 8, "steps": 2, "feature_network": None,
-        "sentence_model": str(sentence_model), "untrained_floor": False,
+        "sentence_model": str(sentence_model), "untrained_baseline": False,
     }  # fmt: skip
     settings = config.Config.model_validate(raw)
     Autoencoder.build(settings, paths).save(paths.work / "stage1" / "model", settings, paths, "card")
