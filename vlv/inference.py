@@ -8,7 +8,7 @@ from typing import Any
 
 from vlv import config, registry
 from vlv.config import Paths
-from vlv.evaluation.reconstruct import psnr
+from vlv.evaluation.metrics import psnr_of_each
 from vlv.io import files, images
 from vlv.io.progress import meter
 from vlv.models import device
@@ -225,7 +225,7 @@ def reconstruct_folder(
             files.write_bytes(output / target, images.encode_png(drawn))
             pair = images.grid([[square, drawn]], tile=max(side, 128))
             files.write_bytes(output / "side-by-side" / target, images.encode_png(pair))
-            figures[name] = round(psnr([drawn], [square]), 3)
+            figures[name] = round(float(psnr_of_each([drawn], [square])[0]), 3)
             progress.advance()
     report.done = len(figures)
     result = {

@@ -45,7 +45,7 @@ class Interval:
 
 
 def shuffled(outputs: Sequence[T]) -> list[T]:
-    """The same outputs, each beside another sample: sample i gets the output of sample i + 1, the last one the first."""
+    """The same outputs, each beside another sample: sample i gets that of sample i + 1, the last that of the first."""
     return [*outputs[1:], *outputs[:1]]
 
 

@@ -1,7 +1,7 @@
 """Evaluation on the test split: captions and reconstructions, measured beside their baselines and upper bounds."""
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -165,7 +165,7 @@ def _measure_pictures(
     return result
 
 
-def _counter(e: Evaluate, paths: Paths, known: Sequence[Any]) -> Callable[[list[Pixels]], Mapping[str, intervals.Terms]]:
+def _counter(e: Evaluate, paths: Paths, known: Sequence[Any]) -> Callable[[list[Pixels]], dict[str, intervals.Terms]]:
     """Counts what a network reads in pictures against the truth; nothing where the truth is not known."""
     if not (e.counting and e.recogniser and known):
         return lambda pictures: {}
