@@ -32,8 +32,8 @@ class SceneRecogniser(nn.Module):
 
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         features = self.features(F.pixel_unshuffle(x, 2))  # (B, 128, 8, 8)
-        spread = F.interpolate(features, size=(9, 9), mode="bilinear")
-        cells = F.unfold(spread, 3, stride=3).transpose(1, 2)  # (B, 9, 128 * 9)
+        grid = F.interpolate(features, size=(9, 9), mode="bilinear")
+        cells = F.unfold(grid, 3, stride=3).transpose(1, 2)  # (B, 9, 128 * 9)
         return self.background(features.mean((2, 3))), self.cells(cells)
 
     @torch.no_grad()
