@@ -1,6 +1,6 @@
 """A small network that reads scenes from pictures: the judge of reconstructions.
 
-It sees background and the nine cells. It is trained on real scenes only and learns nothing from what it judges.
+It reads the background and the nine cells. It is trained on real scenes only, never on the pictures that it judges.
 """
 
 from pathlib import Path
