@@ -11,9 +11,9 @@ import pytest
 
 from flows import report
 from tests.conftest import ROOT
-from vlv import registry
+from vlv import config, registry
 from vlv.config import Paths
-from vlv.evaluation import figures, intervals, metrics
+from vlv.evaluation import figures, intervals, metrics, truth
 from vlv.evaluation.metrics import Compared, Metric
 from vlv.registry.policy import below_thresholds, worse_than_champion
 from vlv.registry.versions import figures_of, numbers
@@ -110,3 +110,18 @@ def test_what_was_not_measured_is_left_out() -> None:
     two = [np.zeros((2, 2, 3), np.uint8)] * 2
     found = metrics.measure("reconstruction", Compared(2, drawn=two, true=two))
     assert found == {"n": 2, "psnr": 100.0}  # no FID without features
+
+
+def test_the_configuration_names_who_counts_and_old_keys_are_refused_with_the_new_name() -> None:
+    text = (ROOT / "configs" / "tiny.yaml").read_text(encoding="utf-8")
+    for old, new, told in (
+        ("untrained_baseline", "untrained_floor", "evaluate.untrained_floor is now evaluate.untrained_baseline"),
+        ("counting: vlv.tiny.counting", "counting: null", "evaluate.recogniser needs evaluate.counting"),
+        ("counting: vlv.tiny.counting", "counting: os.path", "evaluate.counting"),  # a module of this package only
+    ):
+        assert text.count(old) == 1
+        with pytest.raises(config.ConfigError, match=re.escape(told)):
+            config.parse(text.replace(old, new), "tiny.yaml")
+    counting = truth.load("vlv.tiny.counting")
+    assert all(callable(getattr(counting, name)) for name in truth.FUNCTIONS)
+    assert set(truth.FUNCTIONS) == {name for name in vars(truth.Counting) if not name.startswith("_")}
