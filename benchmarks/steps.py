@@ -19,14 +19,14 @@ from transformers import AutoModelForCausalLM
 
 from vlv import config
 from vlv.config import Config, Paths
-from vlv.data import text
 from vlv.data.loader import Batch, Grouping, ShardLoader
 from vlv.data.shards import DataError
 from vlv.io import files
 from vlv.io.progress import meter
-from vlv.models import device
+from vlv.models import caption_tokens, device
 from vlv.models.autoencoder import Autoencoder, Stage1Batch
-from vlv.models.captioner import IGNORED, Captioner, Stage2Batch
+from vlv.models.caption_tokens import IGNORED
+from vlv.models.captioner import Captioner, Stage2Batch
 from vlv.training import optim, runtime
 
 _WINDOW = 8  # steps whose captions are put in order of length
@@ -138,7 +138,7 @@ def stage2(settings: Config, paths: Paths) -> list[Pair]:
     model = Captioner.build(settings.model_copy(update={"stage2": s}), paths).to(device.for_inference())
 
     def length(caption: str | None) -> int:
-        return len(text.tokenize(model.tokenizer, [caption or ""], s.max_caption_tokens).ids[0])
+        return len(caption_tokens.tokenize(model.tokenizer, [caption or ""], s.max_caption_tokens).ids[0])
 
     def batches(grouping: Grouping | None) -> list[Batch]:
         source = ShardLoader(paths.data, "train", s.batch_size, grouping=grouping).batches()
@@ -147,10 +147,12 @@ def stage2(settings: Config, paths: Paths) -> list[Pair]:
     def prepared(batch: Batch) -> Stage2Batch:
         assert batch.images is not None
         captions = [caption or "" for caption in batch.captions]
-        tokens = text.tokenize(model.tokenizer, captions, s.max_caption_tokens)
+        tokens = caption_tokens.tokenize(model.tokenizer, captions, s.max_caption_tokens)
         with _bf16():
             context = model.context(batch.images)
-        return Stage2Batch(context, *text.collate(tokens.ids, model.tokenizer.pad_token_id or 0), batch.images)
+        return Stage2Batch(
+            context, *caption_tokens.collate(tokens.ids, model.tokenizer.pad_token_id or 0), batch.images
+        )
 
     def loss(batch: Stage2Batch, *, cached: bool = True) -> Loss:
         def compute() -> torch.Tensor:

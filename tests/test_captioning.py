@@ -18,8 +18,8 @@ from tests.conftest import ROOT
 from tests.model_server import TOKENS, ModelServer
 from vlv.data.caption_api.answer import parse
 from vlv.data.caption_api.budget import Prices
-from vlv.data.caption_api.captioner import CaptionReport, Run, caption_images
-from vlv.data.caption_api.endpoint import EndpointError, Question
+from vlv.data.caption_api.client import EndpointError, Question
+from vlv.data.caption_api.relabel import CaptionReport, Run, caption_images
 from vlv.data.import_.importer import Wanted, import_images
 from vlv.data.import_.recipe import Recipe
 from vlv.data.readers.formats import ReadOptions

@@ -14,15 +14,15 @@ import torch
 
 from tests.conftest import small_scenes
 from vlv import config
-from vlv.data import pointer, shards, sources, writer
+from vlv.data import shards, sources, writer
 from vlv.data.loader import ShardLoader
 from vlv.data.shards import DataError
-from vlv.io import images, pinning
+from vlv.io import images, pin
 from vlv.tiny import scenes
 
 
 def hashes(data: Path) -> dict[str, str]:
-    return {p.relative_to(data).as_posix(): pointer.hash_file(p).md5 for p in data.rglob("*") if p.is_file()}
+    return {p.relative_to(data).as_posix(): pin.hash_file(p).md5 for p in data.rglob("*") if p.is_file()}
 
 
 def keys(batches: Any, count: int | None = None) -> list[str]:
@@ -38,7 +38,7 @@ def test_equal_settings_give_equal_bytes(scene_data: Path, paths: config.Paths, 
 
 
 def test_scene_bytes_are_the_known_ones(scene_data: Path) -> None:
-    # Whoever changes how scenes are drawn or written raises vlv.tiny.source.VERSION and this hash.
+    # Whoever changes how scenes are drawn or written raises vlv.tiny.scene_source.VERSION and this hash.
     entry = shards.read_manifest(scene_data).splits["validation"].shards[0]
     assert entry.sha256 == "35a6d0f6270e513c0a4c6267f60b6d11c89f09735dc869899cb813260f81753c"
 
@@ -131,7 +131,7 @@ def test_verify_agrees_with_dvc(scene_data: Path, monkeypatch: pytest.MonkeyPatc
     for arguments in (["init", "--no-scm", "--quiet"], ["add", "--quiet", "data"]):
         subprocess.run([sys.executable, "-m", "dvc", *arguments], cwd=project, check=True, capture_output=True)
     data_dvc = project / "data.dvc"
-    assert pointer.folder_md5(hashes(scene_data)) == pinning.pinned_md5(data_dvc)
+    assert pin.folder_md5(hashes(scene_data)) == pin.pinned_md5(data_dvc)
     before = data_dvc.read_bytes()
     shards.verify(scene_data, data_dvc)
 

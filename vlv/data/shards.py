@@ -17,8 +17,7 @@ from typing import Any, Literal
 from pydantic import ValidationError
 
 from vlv.config import Section
-from vlv.data import pointer as dvc_pointer
-from vlv.io import files
+from vlv.io import files, pin
 
 IMAGE_EXTENSIONS = ("png", "jpg", "jpeg", "webp")
 MANIFEST, TABLE = "manifest.json", "samples.parquet"
@@ -172,12 +171,12 @@ def verify(data: Path, pointer: Path | None) -> None:
     if strange:
         raise DataError(f"{data / strange[0]} is not in the manifest. Remove it, or: vlv data download")
     with ThreadPoolExecutor(4) as pool:
-        hashes = dict(zip(found, pool.map(lambda name: dvc_pointer.hash_file(data / name), found), strict=True))
+        hashes = dict(zip(found, pool.map(lambda name: pin.hash_file(data / name), found), strict=True))
     for name, digest in expected.items():
         if hashes[name].sha256 != digest:
             raise DataError(f"{data / name} has sha256 {hashes[name].sha256}, its manifest says {digest}. {REMEDY}")
     if pointer is not None:
-        problem = dvc_pointer.compare(pointer, {name: both.md5 for name, both in hashes.items()})
+        problem = pin.difference(pointer, {name: both.md5 for name, both in hashes.items()})
         if problem:
             raise DataError(
                 f"{data} is not the version that {pointer} pins: {problem}. {REMEDY}. "

@@ -17,14 +17,13 @@ from vlv.models import adapters
 from vlv.models import build as pretrained
 from vlv.models import saved as folders
 from vlv.models.autoencoder import build_encoder
+from vlv.models.caption_tokens import IGNORED
 from vlv.models.cleaning import clean_up
 from vlv.models.conditioners.base import Conditioner
 from vlv.models.encoder import CaptionEncoder, Learn
 
 KIND = "captioner"
 PARTS = ["encoder", "decoder", "language_model"]
-
-IGNORED = -100  # label of positions without loss, as torch and transformers have it
 
 
 @dataclass(frozen=True)

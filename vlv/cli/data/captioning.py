@@ -65,8 +65,8 @@ def caption(
     """
     from vlv.data.caption_api import PROMPT
     from vlv.data.caption_api.budget import Prices
-    from vlv.data.caption_api.captioner import Run, caption_images
-    from vlv.data.caption_api.endpoint import Question
+    from vlv.data.caption_api.client import Question
+    from vlv.data.caption_api.relabel import Run, caption_images
     from vlv.data.readers.formats import ReadOptions
 
     if cap is not None and not (price_in or price_out):

@@ -91,7 +91,7 @@ def import_images(
     from vlv.data.import_.recipe import Recipe
     from vlv.data.import_.splits import Shares
     from vlv.data.readers.formats import ReadOptions
-    from vlv.io import assets, pinning
+    from vlv.io import assets, pin
     from vlv.stages import words
 
     paths = Paths.find()
@@ -112,8 +112,8 @@ def import_images(
     if told := words.misfit(settings, paths):
         typer.secho(told, fg="yellow", err=True)
     if (paths.root / ".dvc").is_dir():
-        pinning.pin(paths, report.manifest.source)
-        typer.echo(f"Pinned in {pinning.POINTER} (commit it)")
+        pin.add(paths, report.manifest.source)
+        typer.echo(f"Pinned in {pin.POINTER} (commit it)")
     if data.source.kind != "imported":
         typer.echo(
             f"params.yaml is the profile {settings.profile}, whose data is made here: the next run would replace these "

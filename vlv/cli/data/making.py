@@ -36,10 +36,10 @@ def download(
 def verify() -> None:
     """Compare every shard with the manifest and the whole with data.dvc. Reads, writes nothing."""
     from vlv.data import shards
-    from vlv.io import pinning
+    from vlv.io import pin
 
     paths = Paths.find()
-    pointer = paths.root / pinning.POINTER
+    pointer = paths.root / pin.POINTER
     pinned = pointer.exists()
     shards.verify(paths.data, pointer if pinned else None)
     against = f"its manifest and {pointer.name}" if pinned else "its manifest (nothing is pinned yet)"
@@ -63,18 +63,18 @@ def _is_there(chosen: Config, paths: Paths) -> bool:
 def _pin_if_other(paths: Paths) -> None:
     """Pin data that was made from other settings than the pinned (never data that was only damaged)."""
     from vlv.data import shards
-    from vlv.io import pinning
+    from vlv.io import pin
 
-    pointer = paths.root / pinning.POINTER
+    pointer = paths.root / pin.POINTER
     try:
         source = shards.read_manifest(paths.data).source
-        if pinning.wanted(paths, source):
+        if pin.is_needed(paths, source):
             shards.verify(paths.data, None)
-            pinning.pin(paths, source)
-            typer.echo(f"Pinned in {pinning.POINTER} (commit it)")
-        elif pointer.exists() and (paths.root / ".dvc").is_dir() and not pinning.is_kept(paths):
+            pin.add(paths, source)
+            typer.echo(f"Pinned in {pin.POINTER} (commit it)")
+        elif pointer.exists() and (paths.root / ".dvc").is_dir() and not pin.is_cached(paths):
             shards.verify(paths.data, pointer)  # a fresh clone made the pinned data again: DVC may know it
-            pinning.keep(paths)
+            pin.cache(paths)
     except shards.DataError:
         return  # `data verify` says what is wrong
 

@@ -9,7 +9,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from vlv.data.caption_api.journal import FINAL, Journal
+from vlv.data.caption_api.answers import FINAL, Journal
 from vlv.io import files
 
 CAPTIONS, UNUSABLE = "captions.parquet", "unusable.jsonl"

@@ -8,10 +8,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from vlv.data.caption_api.answer import Answer
+from vlv.data.caption_api.answers import Journal, short
 from vlv.data.caption_api.budget import Budget, Prices
-from vlv.data.caption_api.endpoint import Endpoint, EndpointError, NoAnswerError, Question, RejectedError, StoppedError
+from vlv.data.caption_api.client import Endpoint, EndpointError, NoAnswerError, Question, RejectedError, StoppedError
 from vlv.data.caption_api.export import Exported, export
-from vlv.data.caption_api.journal import Journal, short
 from vlv.data.readers.formats import ReadOptions, open_source
 from vlv.data.readers.found import Found, Reader
 from vlv.io import files, images
@@ -69,7 +69,7 @@ class CaptionReport:
 def caption_images(source: Path, output: Path, run: Run) -> CaptionReport:
     """Ask for a caption of each image of `source` that has no answer yet; the answers are in `output`.
 
-    `output`/journal.jsonl is the record (vlv.data.caption_api.journal); captions.parquet, unusable.jsonl and, where
+    `output`/journal.jsonl is the record (vlv.data.caption_api.answers); captions.parquet, unusable.jsonl and, where
     wanted, texts beside the images are made from it at the end of each run, also of one that is stopped.
 
     Raises:
