@@ -16,10 +16,9 @@ import pytest
 from tests import model_server
 from tests.conftest import ROOT
 from tests.model_server import TOKENS, ModelServer
-from vlv.data.caption_api.answer import parse
 from vlv.data.caption_api.budget import Prices
-from vlv.data.caption_api.client import EndpointError, Question
-from vlv.data.caption_api.relabel import CaptionReport, Run, caption_images
+from vlv.data.caption_api.client import EndpointError, Question, parse
+from vlv.data.caption_api.relabel import CaptionOptions, CaptionReport, caption_images
 from vlv.data.import_.importer import Wanted, import_images
 from vlv.data.import_.recipe import Recipe
 from vlv.data.readers.formats import ReadOptions
@@ -39,7 +38,7 @@ def question(server: ModelServer, **changes: Any) -> Question:
 
 
 def caption(source: Path, output: Path, server: ModelServer, **changes: Any) -> CaptionReport:
-    run = Run(question(server), concurrency=4, reading=ReadOptions(caption_column="none"))
+    run = CaptionOptions(question(server), concurrency=4, reading=ReadOptions(caption_column="none"))
     return caption_images(source, output, replace(run, **changes))
 
 

@@ -24,8 +24,7 @@ from tests.test_data import hashes
 from vlv import config
 from vlv.data import shards, sources
 from vlv.data.import_.importer import ImportReport, Wanted, import_images
-from vlv.data.import_.recipe import Recipe
-from vlv.data.import_.splits import SPLITS, Shares
+from vlv.data.import_.recipe import SPLITS, Recipe, Shares
 from vlv.data.readers import captions, formats
 from vlv.data.readers.formats import ReadOptions
 from vlv.data.shards import DataError, Sample

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from vlv.data.prefetch import prefetched
+from vlv.data.loader import prefetched
 
 GPU = torch.device("cuda")  # only its name is asked for
 

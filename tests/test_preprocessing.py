@@ -21,8 +21,7 @@ from vlv import config
 from vlv.config import Paths
 from vlv.convert import release
 from vlv.data.import_.importer import Wanted, import_images
-from vlv.data.import_.recipe import Recipe
-from vlv.data.import_.splits import Shares
+from vlv.data.import_.recipe import Recipe, Shares
 from vlv.data.loader import ShardLoader
 from vlv.io import images
 from vlv.io.preprocessing import Preprocessing

@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from tests.conftest import ROOT
-from vlv.data.laion import download, subsets
+from vlv.data.laion import subsets
 from vlv.data.laion.criteria import Criteria
 from vlv.data.shards import DataError
 
@@ -126,7 +126,7 @@ def test_the_printed_commands_name_what_was_written(tmp_path: Path) -> None:
     assert "100: 100 URLs, 100 of them" in done.stdout and "0.3K: 300 URLs, 200 of them" in done.stdout
     assert "too_small" in done.stdout
     lines = done.stdout.replace("\\\n", " ").splitlines()
-    calls = [shlex.split(line) for line in lines if line.startswith(f"{download.ENVIRONMENT}/bin/img2dataset")]
+    calls = [shlex.split(line) for line in lines if line.startswith(f"{subsets.ENVIRONMENT}/bin/img2dataset")]
     assert len(calls) == 2
     for call, name in zip(calls, ("100", "0.3K"), strict=True):
         options = dict(word.removeprefix("--").split("=", 1) for word in call[1:])

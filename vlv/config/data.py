@@ -7,6 +7,7 @@ from pydantic import Field
 from vlv.config.base import Positive, Section, Share
 
 Resize = Literal["bicubic", "torchvision"]
+Encoding = Literal["png", "jpeg"]  # how images that were cut are stored
 
 
 class ScenesSource(Section):

@@ -8,12 +8,13 @@ Grouped by length, the samples of a window of steps change places among themselv
 of like length; that too is a function of the seed and the window.
 """
 
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import groupby
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -273,3 +274,28 @@ def _without_image(sample: Sample) -> Sample:
 
 def _size(pixels: Pixels) -> str:
     return f"{pixels.shape[1]}x{pixels.shape[0]}"
+
+
+T = TypeVar("T")
+
+_AHEAD = 2  # batches; more would only hold memory
+
+
+def prefetched(items: Iterator[T], device: torch.device) -> Iterator[T]:
+    """`items`, in their order; on a device other than the CPU, each is fetched in a thread before it is asked for.
+
+    Reading shards and decoding images then costs a GPU no time. A CPU has none to spare: there the thread would only
+    take cores from the training. An error of `items` comes where its item would have come.
+    """
+    if device.type == "cpu":
+        yield from items
+        return
+    end = object()
+    thread = ThreadPoolExecutor(1, "prefetch")
+    try:
+        waiting = deque(thread.submit(next, items, end) for _ in range(_AHEAD))
+        while (item := waiting.popleft().result()) is not end:
+            waiting.append(thread.submit(next, items, end))
+            yield item  # type: ignore[misc]  # not `end`
+    finally:
+        thread.shutdown(cancel_futures=True)

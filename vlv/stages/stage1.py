@@ -8,8 +8,7 @@ import torch
 from vlv.config import Config, Paths
 from vlv.data import shards
 from vlv.data.cache import ShardCache
-from vlv.data.loader import ShardLoader
-from vlv.data.prefetch import prefetched
+from vlv.data.loader import ShardLoader, prefetched
 from vlv.evaluation import report
 from vlv.models.autoencoder import Autoencoder, Stage1Batch
 from vlv.stages import caches, lineage

@@ -8,8 +8,7 @@ from typing import Any
 from vlv.config import Config, Paths
 from vlv.data import shards
 from vlv.data.cache import ShardCache
-from vlv.data.loader import Grouping, ShardLoader
-from vlv.data.prefetch import prefetched
+from vlv.data.loader import Grouping, ShardLoader, prefetched
 from vlv.evaluation import report
 from vlv.models import caption_tokens
 from vlv.models.autoencoder import Autoencoder

@@ -63,10 +63,9 @@ def caption(
 
     [dim]vlv data import photos --captions captions/captions.parquet[/]
     """
-    from vlv.data.caption_api import PROMPT
     from vlv.data.caption_api.budget import Prices
-    from vlv.data.caption_api.client import Question
-    from vlv.data.caption_api.relabel import Run, caption_images
+    from vlv.data.caption_api.client import PROMPT, Question
+    from vlv.data.caption_api.relabel import CaptionOptions, caption_images
     from vlv.data.readers.formats import ReadOptions
 
     if cap is not None and not (price_in or price_out):
@@ -77,8 +76,8 @@ def caption(
         base_url, model, text, _key(key_env), max_tokens, _extra(extra), timeout=timeout, retries=retries
     )
     prices = Prices(price_in, price_out)
-    run = Run(question, prices, cap, concurrency, longest_side, limit, again, sidecars, reading)
-    report = caption_images(source, output, run)
+    options = CaptionOptions(question, prices, cap, concurrency, longest_side, limit, again, sidecars, reading)
+    report = caption_images(source, output, options)
     _tell(report, output)
     raise typer.Exit(0 if report.complete else 1)
 

@@ -6,11 +6,16 @@ from typing import Annotated, Any
 import typer
 
 from vlv import config
-from vlv.config import Paths
-from vlv.data.readers.names import Encoding, Format, Rule
+from vlv.config import Encoding, Paths
+from vlv.data.readers.formats import FORMATS, Rule
 
 FormatOption = Annotated[
-    Format | None, typer.Option("--format", help="What SOURCE is; without: guessed, and the guess is printed.")
+    str | None,
+    typer.Option(
+        "--format",
+        metavar=f"[{'|'.join(FORMATS)}]",
+        help="What SOURCE is. Without it the format is guessed, and the guess is printed.",
+    ),
 ]
 ImagesOption = Annotated[
     Path | None,
@@ -88,8 +93,7 @@ def import_images(
     [dim]vlv data import hf:datasets/OWNER/NAME@REVISION --caption-column caption[/]
     """
     from vlv.data.import_.importer import Wanted, import_images
-    from vlv.data.import_.recipe import Recipe
-    from vlv.data.import_.splits import Shares
+    from vlv.data.import_.recipe import Recipe, Shares
     from vlv.data.readers.formats import ReadOptions
     from vlv.io import assets, pin
     from vlv.stages import words
@@ -122,10 +126,12 @@ def import_images(
         )
 
 
-def tell_format(source: Path, asked: Format | None) -> Format:
+def tell_format(source: Path, asked: str | None) -> str:
     """The format that was asked for, or a guess, which is printed."""
     from vlv.data.readers import formats
 
+    if asked is not None and asked not in formats.FORMATS:
+        raise typer.BadParameter(f"{asked!r} is none of {', '.join(formats.FORMATS)}", param_hint="--format")
     if asked is not None:
         return asked
     guessed = formats.guess(source)

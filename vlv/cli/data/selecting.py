@@ -54,7 +54,7 @@ def select(
 
     [dim]vlv data select laion2B-en-aesthetic -o urls --count 40M,18M,6M --seed 1[/]
     """
-    from vlv.data.laion import download, subsets
+    from vlv.data.laion import subsets
     from vlv.data.laion.criteria import Criteria
 
     counts = _counts(count)
@@ -69,8 +69,8 @@ def select(
             typer.secho(f"{subset.name}: {subset.count - subset.rows:,} fewer than asked for", fg="yellow", err=True)
     data = config.load(Paths.find()).data
     typer.echo(f"Report: {output / subsets.REPORT}. To download (in an environment of its own):\n")
-    typer.echo(download.install())
-    for command in download.commands(output, images, found, max(data.image_size, data.gate.min_side)):
+    typer.echo(subsets.install_command())
+    for command in subsets.download_commands(output, images, found, max(data.image_size, data.gate.min_side)):
         typer.echo("\n" + command)
     names = [subset.name for subset in found.subsets]
     typer.echo(

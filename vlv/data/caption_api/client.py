@@ -1,20 +1,102 @@
-"""One question to an OpenAI-compatible chat-completions endpoint, asked until it is answered or cannot be."""
+"""A client of the captioning API: asks one question about an image until it is answered or cannot be.
+
+The API is OpenAI's chat completions, which hosted models and one's own vLLM offer. An answer is a caption, or something
+that must not become one: a refusal, nothing, or half a sentence.
+"""
 
 import base64
 import email.utils
-import logging
 import random
+import re
 import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import httpx
 
-from vlv.data.caption_api.answer import Answer, GarbageError, parse
+from vlv.data.readers.found import readable
+from vlv.io import files
 
-logger = logging.getLogger(__name__)
+# The default. A caption is what Stage 2 learns to write: facts, in whole sentences, with an end.
+PROMPT = (
+    "Describe this image in one paragraph of 60 to 150 words. Name the objects and people, how many there are, "
+    "their colours, what they do and where in the picture they are; then the background, any text that can be read, "
+    "the light, and whether it is a photograph, a drawing or something else. Say only what can be seen. Begin "
+    "with the description itself, without an introduction."
+)
+
+Kind = Literal["caption", "refused", "empty", "cut"]
+
+# Refusals in the words of a chat model. Captions do not begin in the first person.
+_REFUSAL = re.compile(
+    r"\W*(?:(?:i['\u2019]?m|i am)\s+(?:\w+\s+)?(?:sorry|unable|not able|not allowed)|sorry\b|i\s+apologi[sz]e"
+    r"|i\s+(?:can\s?not|can['\u2019]t|won['\u2019]t|will not|do not|don['\u2019]t|must decline)\b|as an ai\b"
+    r"|unfortunately,?\s+i\b)",
+    re.IGNORECASE,
+)
+
+
+class GarbageError(ValueError):
+    """An answer that is not what a chat-completions endpoint gives."""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One answer. `text` is the caption (blanks and line ends made one space) or what came in its place.
+
+    Kinds: `refused` (by the API's own field, its content filter, or in words), `empty`, `cut` (at the token limit:
+    half a sentence would teach a captioner to stop anywhere). `tokens`: prompt and completion; None where the
+    endpoint does not say.
+    """
+
+    kind: Kind
+    text: str
+    tokens: tuple[int, int] | None
+
+
+def parse(body: bytes) -> Answer:
+    """Read the body of a chat completion.
+
+    Raises:
+        GarbageError: not JSON, or not of that form.
+    """
+    try:
+        value = files.parse_json(body, "the answer")
+        choice = value["choices"][0]
+        message = choice["message"]
+        content, refusal = message.get("content"), message.get("refusal")
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        raise GarbageError(f"no chat completion: {body[:200]!r} ({type(error).__name__})") from error
+    text = " ".join(readable(_text(content)).split())
+    tokens = _tokens(value.get("usage"))
+    if refusal:
+        return Answer("refused", readable(str(refusal)), tokens)
+    if choice.get("finish_reason") == "content_filter":
+        return Answer("refused", text or "content filter", tokens)
+    if not text:
+        return Answer("empty", "", tokens)
+    if _REFUSAL.match(text):
+        return Answer("refused", text, tokens)
+    return Answer("cut" if choice.get("finish_reason") == "length" else "caption", text, tokens)
+
+
+def _text(content: Any) -> str:
+    """The content as text; some servers give it in parts."""
+    if isinstance(content, list):
+        return " ".join(str(part.get("text") or "") for part in content if isinstance(part, dict))
+    if content is None or isinstance(content, str):
+        return content or ""
+    raise GarbageError(f"the message's content is {type(content).__name__}, not text")
+
+
+def _tokens(usage: Any) -> tuple[int, int] | None:
+    try:
+        return int(usage["prompt_tokens"]), int(usage["completion_tokens"])
+    except (KeyError, TypeError, ValueError):
+        return None
+
 
 _AGAIN = frozenset({408, 409, 425, 429, 500, 502, 503, 504, 529})
 _HOPELESS = {
@@ -63,7 +145,7 @@ class Question:
     longest_wait: float = 300.0
 
 
-class Endpoint:
+class Client:
     """Sends images; thread-safe, with one pool of connections for all threads.
 
     Waits between attempts double from `first_wait` to a minute, times a random 0.5 to 1, and are never shorter than

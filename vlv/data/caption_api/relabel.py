@@ -1,23 +1,26 @@
 """`caption_images`: every image of a source is asked about once, whatever happens in between."""
 
-import logging
 import threading
 from collections import Counter
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from vlv.data.caption_api.answer import Answer
-from vlv.data.caption_api.answers import Journal, short
+from vlv.data.caption_api.answers import Exported, Journal, export, short
 from vlv.data.caption_api.budget import Budget, Prices
-from vlv.data.caption_api.client import Endpoint, EndpointError, NoAnswerError, Question, RejectedError, StoppedError
-from vlv.data.caption_api.export import Exported, export
+from vlv.data.caption_api.client import (
+    Answer,
+    Client,
+    EndpointError,
+    NoAnswerError,
+    Question,
+    RejectedError,
+    StoppedError,
+)
 from vlv.data.readers.formats import ReadOptions, open_source
 from vlv.data.readers.found import Found, Reader
 from vlv.io import files, images
 from vlv.io.progress import Meter, meter
-
-logger = logging.getLogger(__name__)
 
 # So many images in a row without an answer, or rejected before the first answer: the endpoint is at fault.
 _FAILED_IN_A_ROW, _REJECTED_AT_FIRST = 10, 5
@@ -25,7 +28,7 @@ _EXAMPLES = 20
 
 
 @dataclass(frozen=True)
-class Run:
+class CaptionOptions:
     """How a run goes. `longest_side`: pixels, larger images are scaled down before they are sent (as JPEG).
 
     `limit`: images asked about in this run. `again`: ask again where the answer was no caption. `sidecars`: also
@@ -66,7 +69,7 @@ class CaptionReport:
         return self.stopped is None and not self.counts["failed"] and not self.counts["rejected"]
 
 
-def caption_images(source: Path, output: Path, run: Run) -> CaptionReport:
+def caption_images(source: Path, output: Path, options: CaptionOptions) -> CaptionReport:
     """Ask for a caption of each image of `source` that has no answer yet; the answers are in `output`.
 
     `output`/journal.jsonl is the record (vlv.data.caption_api.answers); captions.parquet, unusable.jsonl and, where
@@ -78,15 +81,15 @@ def caption_images(source: Path, output: Path, run: Run) -> CaptionReport:
         LockHeldError: another run writes to `output`.
     """
     with files.folder_lock(output, "vlv data caption"):
-        reader = open_source(source, output / ".scratch", run.reading)
-        question = run.question
-        asked = {"model": question.model, "prompt": question.prompt, "longest_side": run.longest_side}
-        journal = Journal(output / "journal.jsonl", asked, again=run.again)
+        reader = open_source(source, output / ".scratch", options.reading)
+        question = options.question
+        asked = {"model": question.model, "prompt": question.prompt, "longest_side": options.longest_side}
+        journal = Journal(output / "journal.jsonl", asked, again=options.again)
         report = CaptionReport()
         try:
-            _Captioner(run, journal, report).work(reader)
+            _Run(options, journal, report).work(reader)
         finally:
-            beside = source if run.sidecars and reader.format == "folder" else None
+            beside = source if options.sidecars and reader.format == "folder" else None
             report.exported = export(journal, output, beside)
         return report
 
@@ -95,22 +98,22 @@ class _CapReached(Exception):
     """Another attempt could pass the cap."""
 
 
-class _Captioner:
-    def __init__(self, run: Run, journal: Journal, report: CaptionReport) -> None:
-        self._run, self._journal, self._report = run, journal, report
+class _Run:
+    def __init__(self, options: CaptionOptions, journal: Journal, report: CaptionReport) -> None:
+        self._options, self._journal, self._report = options, journal, report
         self._lock = threading.Lock()
         self._enough = threading.Event()  # no more images; what is under way goes on
         self._stop = threading.Event()  # nor any more attempts
-        self._budget = Budget(run.prices, run.cap, journal.spent, run.question.max_tokens)
-        self._endpoint = Endpoint(run.question, self._stop, run.concurrency)
+        self._budget = Budget(options.prices, options.cap, journal.spent, options.question.max_tokens)
+        self._client = Client(options.question, self._stop, options.concurrency)
         self._claimed: set[int] = set()  # by this run
         self._error: BaseException | None = None
         self._failed_in_a_row = 0
 
     def work(self, reader: Reader) -> None:
         """Ask about everything; an interrupt waits for the answers that are under way, since they are paid for."""
-        slots = threading.BoundedSemaphore(2 * self._run.concurrency)  # what is loaded and waits, too
-        with meter("Captioning", reader.total()) as progress, ThreadPoolExecutor(self._run.concurrency) as pool:
+        slots = threading.BoundedSemaphore(2 * self._options.concurrency)  # what is loaded and waits, too
+        with meter("Captioning", reader.total()) as progress, ThreadPoolExecutor(self._options.concurrency) as pool:
             try:
                 for found in reader.read():
                     slots.acquire()
@@ -124,7 +127,7 @@ class _Captioner:
                 raise
             finally:
                 pool.shutdown()
-                self._endpoint.close()
+                self._client.close()
                 self._report.cost = self._budget.spent
         if self._error is not None:
             raise self._error
@@ -143,7 +146,7 @@ class _Captioner:
             data = found.load().image
             digest = files.sha256_bytes(data)
             if self._claim(digest):
-                jpeg = images.encode_jpeg(images.shrink(images.decode(data, found.url), self._run.longest_side))
+                jpeg = images.encode_jpeg(images.shrink(images.decode(data, found.url), self._options.longest_side))
                 self._ask(found.url, digest, jpeg)
         except (images.ImageError, OSError, ValueError) as error:
             self._note("unreadable", found.url, str(error))
@@ -157,8 +160,8 @@ class _Captioner:
             if key in self._journal.answered or key in self._claimed:
                 self._report.counts["repeated" if key in self._claimed else "answered_before"] += 1
                 return False
-            if self._run.limit is not None and len(self._claimed) >= self._run.limit:
-                self._end(f"the limit of {self._run.limit} images")
+            if self._options.limit is not None and len(self._claimed) >= self._options.limit:
+                self._end(f"the limit of {self._options.limit} images")
                 return False
             if self._enough.is_set():
                 return False
@@ -186,7 +189,7 @@ class _Captioner:
                 raise _CapReached
 
         try:
-            answer = self._endpoint.ask(jpeg, lost)
+            answer = self._client.ask(jpeg, lost)
         except RejectedError as error:
             self._rejected(name, str(error))
         except NoAnswerError as error:
@@ -202,7 +205,7 @@ class _Captioner:
 
     def _capped(self) -> None:
         with self._lock:
-            self._end(f"the price cap of {self._run.cap:g} ({self._budget.spent:.4g} are spent)")
+            self._end(f"the price cap of {self._options.cap:g} ({self._budget.spent:.4g} are spent)")
 
     def _answered(self, name: str, answer: Answer) -> None:
         if answer.kind != "caption":

@@ -11,19 +11,16 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 
 from vlv.data import writer
 from vlv.data.import_ import recipe as recipes
-from vlv.data.import_.recaption import CaptionTable
-from vlv.data.import_.recipe import Prepared, Recipe
-from vlv.data.import_.splits import SPLITS, Shares
+from vlv.data.import_.recipe import SPLITS, Note, Prepared, Recipe, Shares, Tally
 from vlv.data.import_.staging import Staging
-from vlv.data.import_.tally import Note, Tally
 from vlv.data.readers.folder import FolderReader
-from vlv.data.readers.formats import ReadOptions, open_source
-from vlv.data.readers.found import Found, Reader, Split
-from vlv.data.readers.names import NONE
+from vlv.data.readers.formats import NONE, ReadOptions, open_source
+from vlv.data.readers.found import Found, Reader, Split, database
 from vlv.data.shards import TABLE, DataError, Manifest, ShardEntry, SplitEntry
 from vlv.data.writer import Record
 from vlv.io import files
@@ -114,7 +111,7 @@ class _Import:
         wanted, reading = self._wanted, self._wanted.reading
         return {
             "source": self._source.name,
-            "files in it": self._reader.fingerprint(),
+            "files in it": self._reader.files_hash(),
             "format": self._reader.format,
             "recipe": asdict(wanted.recipe),
             "shard_size": wanted.shard_size,
@@ -267,3 +264,36 @@ def _pieces(samples: Iterator[Prepared]) -> Iterator[Iterator[Prepared]]:
     """The samples again and again, from where the last reader of them stopped, as long as there is one."""
     for first in samples:
         yield chain([first], samples)
+
+
+_ROWS = 10_000
+
+
+class CaptionTable:
+    """The captions of a parquet file with columns `sha256` (hex, of the image file) and `caption`, on disk.
+
+    Raises:
+        DataError: not such a file.
+    """
+
+    def __init__(self, path: Path, scratch: Path) -> None:
+        table = "captions (sha256 BLOB PRIMARY KEY, caption TEXT) WITHOUT ROWID"
+        self._database = database(scratch, "captions", table)
+        try:
+            with pq.ParquetFile(path) as file:
+                for batch in file.iter_batches(_ROWS, columns=["sha256", "caption"]):
+                    rows = ((bytes.fromhex(row["sha256"]), row["caption"]) for row in batch.to_pylist())
+                    self._database.executemany("INSERT OR REPLACE INTO captions VALUES (?, ?)", rows)
+            self._database.commit()
+        except (pa.ArrowException, OSError, ValueError, TypeError, KeyError) as error:
+            reason = str(error).splitlines()[0]
+            raise DataError(
+                f"{path} is no table of captions with columns sha256 and caption ({reason}). "
+                "`vlv data caption` writes one: captions.parquet"
+            ) from error
+
+    def find(self, sha256: str) -> str | None:
+        """The caption of an image file, if there is one."""
+        key = bytes.fromhex(sha256)
+        row = self._database.execute("SELECT caption FROM captions WHERE sha256 = ?", (key,)).fetchone()
+        return None if row is None else str(row[0])

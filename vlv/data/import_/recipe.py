@@ -1,11 +1,13 @@
 """How one foreign image becomes a record of ours."""
 
-from dataclasses import dataclass, replace
+import hashlib
+from collections import Counter
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any, get_args
 
-from vlv.config import Resize
+from vlv.config import Encoding, Resize
 from vlv.data import writer
 from vlv.data.readers.found import Content, Found, Split, readable
-from vlv.data.readers.names import Encoding
 from vlv.data.writer import Record
 from vlv.io import files, images
 
@@ -101,3 +103,124 @@ def with_caption(prepared: Prepared, caption: str) -> Prepared:
 def _dropped(found: Found, reason: str, message: str, width: int | None = None, height: int | None = None) -> Prepared:
     record = Record(found.url, original_width=width, original_height=height, status=reason, error_message=message)
     return Prepared(found, record)
+
+
+SPLITS: tuple[Split, ...] = get_args(Split)
+
+
+@dataclass(frozen=True)
+class Shares:
+    """Parts of the images that are held out; the rest is for training."""
+
+    validation: float = 0.02
+    test: float = 0.08
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if min(self.validation, self.test) < 0 or self.validation + self.test >= 1:
+            raise ValueError(f"shares {self.validation} and {self.test}: not negative, together below 1")
+
+    def position(self, content: str) -> float:
+        """Where an image (hex hash of its pixels) lies in [0, 1): validation at the lower end, test at the upper."""
+        return int.from_bytes(hashlib.sha256(f"{self.seed}:{content}".encode()).digest()[:6], "big") / 2**48
+
+    def split_of(self, content: str) -> Split:
+        """The split of an image."""
+        position = self.position(content)
+        if position < self.validation:
+            return "validation"
+        return "test" if position >= 1 - self.test else "train"
+
+    def wanted(self) -> set[Split]:
+        """Splits that are to have images."""
+        shares: dict[Split, float] = {"train": 1.0, "validation": self.validation, "test": self.test}
+        return {split for split, share in shares.items() if share}
+
+    def filled(self, contents: list[str]) -> dict[str, Split]:
+        """The splits of a small set: as `split_of`, but each gets an image if there are enough.
+
+        What lies lowest goes to validation and what lies highest to test. This is the one case in which a later
+        image can move an earlier one: a set in which some split would otherwise be empty.
+        """
+        order = sorted(contents, key=self.position)
+        if len(order) < len(self.wanted()):
+            return dict.fromkeys(order, "train")
+        chosen = {content: self.split_of(content) for content in order}
+        if self.validation:
+            chosen[order[0]] = "validation"
+        if self.test:
+            chosen[order[-1]] = "test"
+        if "train" not in chosen.values():
+            chosen[order[len(order) // 2]] = "train"
+        return chosen
+
+
+_EXAMPLES = 20  # kept for each reason
+
+
+@dataclass(frozen=True)
+class Note:
+    """A sample that was left out, or kept without its caption."""
+
+    path: str
+    reason: str
+    message: str
+
+
+@dataclass
+class Tally:
+    """What became of samples: how many were found and kept, and by reason how many were dropped or lost their
+    caption, with the first few of each."""
+
+    found: int = 0
+    kept: int = 0
+    captions: int = 0
+    dropped: Counter[str] = field(default_factory=Counter)
+    captions_left_out: Counter[str] = field(default_factory=Counter)
+    notes: list[Note] = field(default_factory=list)
+
+    def add(self, sample: Prepared) -> None:
+        """Count one sample."""
+        self.found += 1
+        if sample.content is None:
+            reason, message = sample.record.status, sample.record.error_message or ""
+            self.dropped[reason] += 1
+            self._note(Note(sample.place.url, reason, message), self.dropped[reason])
+            return
+        self.kept += 1
+        self.captions += sample.record.caption is not None
+        if sample.caption_problem is not None:
+            reason, message = sample.caption_problem
+            self.captions_left_out[reason] += 1
+            self._note(Note(sample.place.url, reason, message), self.captions_left_out[reason])
+
+    def _note(self, note: Note, count: int) -> None:
+        if count <= _EXAMPLES:
+            self.notes.append(note)
+
+    def extend(self, other: "Tally") -> None:
+        """Add another tally, which comes after this one."""
+        self.found += other.found
+        self.kept += other.kept
+        self.captions += other.captions
+        self.dropped.update(other.dropped)
+        self.captions_left_out.update(other.captions_left_out)
+        have = Counter(note.reason for note in self.notes)
+        for note in other.notes:
+            have[note.reason] += 1
+            self._note(note, have[note.reason])
+
+    def to_json(self) -> dict[str, Any]:
+        """For `from_json` (dataclasses.asdict breaks counters)."""
+        return {**vars(self), "notes": [asdict(note) for note in self.notes]}
+
+    @staticmethod
+    def from_json(value: dict[str, Any]) -> "Tally":
+        """A tally from what `to_json` gave."""
+        reasons = {name: Counter(value[name]) for name in ("dropped", "captions_left_out")}
+        return Tally(**{**value, **reasons, "notes": [Note(**note) for note in value["notes"]]})
+
+    def counts(self) -> dict[str, int]:
+        """Kept samples, those with a caption, and each reason."""
+        reasons = self.dropped + self.captions_left_out
+        return {"kept": self.kept, "with_caption": self.captions, **dict(sorted(reasons.items()))}

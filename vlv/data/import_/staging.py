@@ -16,9 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from vlv.data import shards
-from vlv.data.import_.recipe import Prepared
-from vlv.data.import_.splits import SPLITS
-from vlv.data.import_.tally import Tally
+from vlv.data.import_.recipe import SPLITS, Prepared, Tally
 from vlv.data.readers.found import Split
 from vlv.data.shards import DataError, ShardEntry
 from vlv.data.writer import TABLE_SCHEMA, WRITTEN, Record, ShardWriter

@@ -4,8 +4,8 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+from vlv.data.readers.formats import Rule
 from vlv.data.readers.found import is_text, rank
-from vlv.data.readers.names import Rule
 from vlv.io import files
 
 CONVERSATIONS = "conversations"  # LLaVA's: what a person asked about an image, and the answers

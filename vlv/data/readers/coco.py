@@ -6,11 +6,34 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from vlv.data.readers.listed import Entry
+from vlv.data.readers.formats import ReadOptions
+from vlv.data.readers.listed import Entry, ListedReader, open_listed
 from vlv.data.shards import DataError
 from vlv.io import files
 
 logger = logging.getLogger(__name__)
+
+
+def recognises(format: str, source: Path, inside: frozenset[str]) -> bool:
+    """An annotations file, or a folder with one."""
+    if source.is_dir():
+        return bool(in_folder(source))
+    return source.suffix.lower() == ".json" and is_annotations(source)
+
+
+def open_reader(format: str, source: Path, scratch: Path, options: ReadOptions) -> ListedReader:
+    """The reader of an annotations file or of a COCO folder.
+
+    Raises:
+        DataError: no captions file, or its images are not there.
+    """
+    if source.is_dir():
+        tables, listed = of_folder(source)
+        return open_listed(format, source, tables, listed, [options.images or source], scratch, options)
+    images = options.images or images_of(source)
+    if images is None:
+        raise DataError(f"{source}: its images are not beside it. Say where they are: --images FOLDER")
+    return open_listed(format, source, [source], entries(source), [images], scratch, options)
 
 
 def images_of(annotations: Path) -> Path | None:

@@ -1,4 +1,4 @@
-"""Sets of images in columns, whatever the file: parquet (readers/parquet.py) or arrow (readers/arrow.py)."""
+"""Sets of images in the columns of parquet or arrow files."""
 
 import functools
 import logging
@@ -8,11 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 
 from vlv.data.readers import captions
-from vlv.data.readers.found import Content, Found, locate, rank, shuffled, stamp
-from vlv.data.readers.names import NONE, Rule
+from vlv.data.readers.formats import NONE, ReadOptions, Rule
+from vlv.data.readers.found import Content, Found, files_hash, locate, rank, shuffled
 from vlv.data.shards import DataError
+from vlv.io import files
+from vlv.io.images import SUFFIXES
 
 logger = logging.getLogger(__name__)
 
@@ -23,6 +26,22 @@ PATHS = (
     "path", "filepath", "file_path", "file",
 )  # fmt: skip
 DAMAGE = (pa.ArrowException, OSError, ValueError)
+_STATE = "state.json"  # in each folder of arrow files; lists them
+_ROWS = 16  # decoded at a time
+
+
+def recognises(format: str, source: Path, inside: frozenset[str]) -> bool:
+    """A file by its ending; a folder with such files and no images, or with arrow files and their state.json."""
+    if source.is_file():
+        return source.suffix.lower() == f".{format}"
+    with_images = not inside.isdisjoint(SUFFIXES)
+    return f".{format}" in inside and (not with_images or (format == "arrow" and _STATE in inside))
+
+
+def open_reader(format: str, source: Path, scratch: Path, options: ReadOptions) -> "ColumnsReader":
+    """The reader of parquet or arrow files."""
+    kind = ParquetReader if format == "parquet" else ArrowReader
+    return kind(source, options.seed, options.rule, options.image_column, options.caption_column, options.images)
 
 
 class ColumnsReader(ABC):
@@ -101,8 +120,8 @@ class ColumnsReader(ABC):
     def total(self) -> int:
         return self._total
 
-    def fingerprint(self) -> str:
-        return stamp(self._files)
+    def files_hash(self) -> str:
+        return files_hash(self._files)
 
     def read(self, part: int = 0, skip: int = 0) -> Iterator[Found]:
         for number, (path, group) in enumerate(self._parts[part:], part):
@@ -237,3 +256,65 @@ def _is_list(kind: pa.DataType) -> bool:
 
 def _listed(schema: pa.Schema) -> str:
     return listed_names(f"{field.name} ({field.type})" for field in schema)
+
+
+class ArrowReader(ColumnsReader):
+    """All saved sets below `root` (a DatasetDict has one for each split), or one arrow file; a part is a file.
+
+    Files are mapped into memory, not read. The package `datasets` is not needed.
+    """
+
+    format = "arrow"
+
+    def _find(self, root: Path) -> list[Path]:
+        """Those that a state.json lists (a `map` may have left others beside them), else all."""
+        states = sorted(root.rglob(_STATE))
+        if not states:
+            return [path for path in root.rglob("*.arrow") if path.is_file()]
+        return [path for state in states for path in _saved(state)]
+
+    def _measure(self, path: Path) -> tuple[pa.Schema, int, int]:
+        with pa.memory_map(str(path)) as stream, pa.ipc.open_stream(stream) as reader:
+            rows = 0
+            try:
+                for batch in reader:
+                    rows += batch.num_rows
+            except (pa.ArrowException, OSError):
+                pass  # `read` names the damage, after the rows before it
+            return reader.schema, 1, rows
+
+    def _batches(self, path: Path, part: int, columns: list[str]) -> Iterator[pa.RecordBatch]:
+        with pa.memory_map(str(path)) as stream, pa.ipc.open_stream(stream) as reader:
+            for batch in reader:
+                chosen = batch.select(columns)
+                for begin in range(0, batch.num_rows, _ROWS):
+                    yield chosen.slice(begin, _ROWS)
+
+
+def _saved(state: Path) -> list[Path]:
+    try:
+        names = [str(one["filename"]) for one in files.read_json(state, "Correct it.")["_data_files"]]
+    except (KeyError, TypeError, ValueError) as error:
+        raise DataError(f"{state} is not what save_to_disk writes ({error}); name one arrow file") from error
+    found = [state.parent / Path(name).name for name in names]
+    missing = next((path for path in found if not path.is_file()), None)
+    if missing is not None:
+        raise DataError(f"{missing} is missing, but {state} lists it")
+    return found
+
+
+class ParquetReader(ColumnsReader):
+    """All parquet files below `root` (or one file); a part is a row group. Memory holds what Arrow needs of one."""
+
+    format = "parquet"
+
+    def _find(self, root: Path) -> list[Path]:
+        return [path for path in root.rglob("*.parquet") if path.is_file()]
+
+    def _measure(self, path: Path) -> tuple[pa.Schema, int, int]:
+        with pq.ParquetFile(path) as file:
+            return file.schema_arrow, file.num_row_groups, file.metadata.num_rows
+
+    def _batches(self, path: Path, part: int, columns: list[str]) -> Iterator[pa.RecordBatch]:
+        with pq.ParquetFile(path, pre_buffer=False) as file:
+            yield from file.iter_batches(_ROWS, row_groups=[part], columns=columns)

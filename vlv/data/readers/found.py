@@ -1,17 +1,15 @@
-"""What a reader gives, whatever the format: samples where they lie, and a way to load each of them."""
+"""What a reader gives, whatever the format: samples where they lie, and a way to load each; and what readers share."""
 
 import hashlib
+import os
 import re
+import sqlite3
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal, Protocol
 
-from vlv.io import images
-
 Split = Literal["train", "validation", "test"]
-
-IMAGES = images.SUFFIXES
 
 
 @dataclass(frozen=True)
@@ -60,8 +58,8 @@ class Reader(Protocol):
         """How many samples there are, failed ones included; an estimate where the source does not say."""
         ...
 
-    def fingerprint(self) -> str:
-        """Changes when the source does: a hash of names, sizes and times of its files."""
+    def files_hash(self) -> str:
+        """A hash of the names, sizes and times of the files; it changes when the source does."""
         ...
 
     def read(self, part: int = 0, skip: int = 0) -> Iterator[Found]:
@@ -81,6 +79,13 @@ def is_text(text: str) -> bool:
 def readable(text: str) -> str:
     """The text with the sign for an unknown character wherever it could not be written as UTF-8."""
     return _SURROGATE.sub("\N{REPLACEMENT CHARACTER}", text)
+
+
+def walk(root: Path) -> Iterator[tuple[Path, list[str]]]:
+    """Each folder from `root` down with the names of its files, sorted; hidden folders and files are left out."""
+    for folder, subfolders, names in os.walk(root):
+        subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
+        yield Path(folder), sorted(name for name in names if not name.startswith("."))
 
 
 def locate(folder: Path, name: str) -> Path | tuple[str, str]:
@@ -107,10 +112,21 @@ def shuffled(paths: Iterable[Path], root: Path, seed: int) -> list[Path]:
     return sorted(paths, key=lambda path: (rank(seed, path.relative_to(root).as_posix()), path))
 
 
-def stamp(paths: Iterable[Path]) -> str:
-    """A hash of names, sizes and times of modification."""
+def files_hash(paths: Iterable[Path]) -> str:
+    """A hash of the files' names, sizes and times of modification."""
     digest = hashlib.sha256()
     for path in paths:
         status = path.stat()
         digest.update(f"{path.name}\0{status.st_size}\0{status.st_mtime_ns}\n".encode("utf-8", "surrogateescape"))
     return digest.hexdigest()
+
+
+def database(folder: Path, name: str, table: str) -> sqlite3.Connection:
+    """An empty database `folder`/`name`.sqlite with one table, described by the SQL after CREATE TABLE."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{name}.sqlite"
+    path.unlink(missing_ok=True)
+    made = sqlite3.connect(path)
+    made.execute("PRAGMA synchronous=OFF")  # nothing in it has to outlive the process
+    made.execute(f"CREATE TABLE {table}")
+    return made

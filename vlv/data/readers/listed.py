@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from vlv.data.readers import captions
-from vlv.data.readers.found import Content, Found, locate, rank, stamp
-from vlv.data.readers.names import Rule
-from vlv.data.readers.scratch import database
+from vlv.data.readers.formats import ReadOptions, Rule
+from vlv.data.readers.found import Content, Found, database, files_hash, locate, rank
+from vlv.data.shards import DataError
 from vlv.io import files
 
 logger = logging.getLogger(__name__)
@@ -91,8 +91,8 @@ class ListedReader:
     def total(self) -> int:
         return int(self._listing.execute("SELECT count(DISTINCT name) FROM entries").fetchone()[0])
 
-    def fingerprint(self) -> str:
-        return stamp(self._tables)
+    def files_hash(self) -> str:
+        return files_hash(self._tables)
 
     def read(self, part: int = 0, skip: int = 0) -> Iterator[Found]:
         """One part: the images."""
@@ -128,3 +128,27 @@ def _entry(value: dict[str, Any]) -> Entry:
     """An entry from what it was stored as; JSON has lists for tuples."""
     pairs = {name: tuple(value[name]) for name in ("caption_problem", "fault") if value[name] is not None}
     return Entry(**value | pairs)
+
+
+def open_listed(
+    format: str,
+    source: Path,
+    tables: Sequence[Path],
+    entries: Iterable[Entry],
+    folders: Sequence[Path],
+    scratch: Path,
+    options: ReadOptions,
+) -> ListedReader:
+    """A `ListedReader`, once it is sure that there are tables and folders of images.
+
+    Raises:
+        DataError: there is none.
+    """
+    if not tables:
+        raise DataError(
+            f"{source} has no file that lists its images, as {format} has; name the file, or another --format"
+        )
+    missing = next((folder for folder in folders if not folder.is_dir()), None)
+    if missing is not None:
+        raise DataError(f"{missing} is not a folder. Say where the images are: --images FOLDER")
+    return ListedReader(format, tables, entries, folders, scratch, options.seed, options.rule)

@@ -11,11 +11,12 @@ from pathlib import Path, PurePosixPath
 from typing import Any, get_args
 
 from vlv.data.readers import captions
-from vlv.data.readers.found import IMAGES, Content, Found, Split, shuffled, stamp
-from vlv.data.readers.img2dataset import failures, is_table
-from vlv.data.readers.names import Rule
+from vlv.data.readers.formats import ReadOptions, Rule
+from vlv.data.readers.found import Content, Found, Reader, Split, files_hash, shuffled
+from vlv.data.readers.img2dataset import FilesReader, failures, is_files_layout, is_table
+from vlv.data.shards import MANIFEST
 from vlv.data.writer import WRITTEN
-from vlv.io import files
+from vlv.io import files, images
 
 ENDINGS = (".tar", ".tar.gz", ".tgz")
 _TEXTS = ("txt", "caption")
@@ -37,6 +38,26 @@ class _Members:
     problem: str | None = None
 
 
+def recognises(format: str, source: Path, inside: frozenset[str]) -> bool:
+    """shards: a data folder of ours. img2dataset: tars, or the layout of its files."""
+    if format == "shards":
+        return (source / MANIFEST).exists() and (source / "train").is_dir()
+    if source.is_file():
+        return source.name.lower().endswith(ENDINGS)
+    return not inside.isdisjoint(ENDINGS) or is_files_layout(source)
+
+
+def open_reader(format: str, source: Path, scratch: Path, options: ReadOptions) -> Reader:
+    """The reader of shards, of tars, or of the layout of files."""
+    if format == "shards" or source.is_file() or any(_tars(source)):
+        return TarReader(source, options.seed, options.rule, ours=format == "shards")
+    return FilesReader(source, scratch, options.seed, options.rule)
+
+
+def _tars(folder: Path) -> Iterator[Path]:
+    return (path for ending in ENDINGS for path in folder.rglob(f"*{ending}") if path.is_file())
+
+
 class TarReader:
     """All tars below `root` (or one tar), in an order shuffled by `seed`; a part is a tar.
 
@@ -49,9 +70,7 @@ class TarReader:
         self.format = "shards" if ours else "img2dataset"
         self._root = root if root.is_dir() else root.parent
         self._seed, self._rule, self._ours = seed, rule, ours
-        inside = (path for ending in ENDINGS for path in root.rglob(f"*{ending}"))
-        found = [path for path in inside if path.is_file()] if root.is_dir() else [root]
-        self._tars = shuffled(found, self._root, seed)
+        self._tars = shuffled(_tars(root) if root.is_dir() else [root], self._root, seed)
 
     def total(self) -> int:
         """By img2dataset's `_stats.json`; a tar without is taken to be as the others, or counted."""
@@ -74,8 +93,8 @@ class TarReader:
         except _DAMAGE:
             return 0  # `read` names the damage
 
-    def fingerprint(self) -> str:
-        return stamp(self._tars)
+    def files_hash(self) -> str:
+        return files_hash(self._tars)
 
     def read(self, part: int = 0, skip: int = 0) -> Iterator[Found]:
         for number, tar in enumerate(self._tars[part:], part):
@@ -92,7 +111,7 @@ class TarReader:
                 place = f"{name}/{members.key}"
                 if members.problem is not None:
                     yield Found(number, index, place, None, "unreadable", members.problem)
-                elif not any(f".{end}" in IMAGES for end in members.places):
+                elif not any(_is_image(end) for end in members.places):
                     yield Found(number, index, place, None, "image_missing", _no_image(members))
                 else:
                     yield Found(number, index, place, functools.partial(self._load, tar, members, place))
@@ -107,7 +126,7 @@ class TarReader:
                 yield Found(number, index + offset, url, None, reason, message)
 
     def _load(self, tar: Path, members: _Members, place: str) -> Content:
-        chosen = [end for end in members.places if f".{end}" in IMAGES]
+        chosen = [end for end in members.places if _is_image(end)]
         if len(chosen) != 1:
             raise ValueError(f"{len(chosen)} images instead of one (members: {', '.join(sorted(members.places))})")
         wanted = [chosen[0], *(end for end in (*_TEXTS, "json") if end in members.places)]
@@ -202,8 +221,12 @@ def _samples(tar: Path) -> Iterator[_Members]:
         yield current
 
 
+def _is_image(extension: str) -> bool:
+    return f".{extension}" in images.SUFFIXES
+
+
 def _is_wanted(extension: str) -> bool:
-    return f".{extension}" in IMAGES or extension in (*_TEXTS, "json")
+    return _is_image(extension) or extension in (*_TEXTS, "json")
 
 
 def _members(archive: tarfile.TarFile, stream: BufferedIOBase) -> Iterator[tuple[int, tarfile.TarInfo | str]]:

@@ -16,17 +16,55 @@ import pyarrow.parquet as pq
 
 from vlv.data.readers import captions
 from vlv.data.readers.columns import PATHS, listed_names, pylist
-from vlv.data.readers.listed import Entry
-from vlv.data.readers.names import NONE
+from vlv.data.readers.formats import NONE, ReadOptions
+from vlv.data.readers.found import walk
+from vlv.data.readers.listed import Entry, ListedReader, open_listed
 from vlv.data.shards import DataError
-from vlv.io import files
+from vlv.io import files, images
 
 logger = logging.getLogger(__name__)
 
 LINES, SEPARATED = (".jsonl", ".ndjson"), (".csv", ".tsv")
 ENDINGS = (".json", *LINES, *SEPARATED)
+METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")  # of an imagefolder
 _ROWS = 1024  # of parquet, at a time
 _CELL = 1 << 24  # characters of a csv's cell
+
+
+def recognises(format: str, source: Path, inside: frozenset[str]) -> bool:
+    """Whether a source is of this format.
+
+    imagefolder: images and metadata files; llava: a JSON file of conversations, or a folder with one; table: a file.
+    """
+    if format == "imagefolder":
+        return not inside.isdisjoint(images.SUFFIXES) and not inside.isdisjoint(METADATA)
+    if format == "llava":
+        if source.is_dir():
+            return len(_conversations(source)) == 1
+        return source.suffix.lower() == ".json" and is_conversations(source)
+    return source.is_file() and source.suffix.lower() in ENDINGS
+
+
+def open_reader(format: str, source: Path, scratch: Path, options: ReadOptions) -> ListedReader:
+    """The reader of a table, of LLaVA's JSON or of an imagefolder."""
+    image, caption = options.image_column, options.caption_column
+    folders = [options.images or source]
+    if format == "imagefolder":
+        found = metadata_files(source)
+        listed = imagefolder_entries(source, found, image, caption)
+        return open_listed(format, source, found, listed, folders, scratch, options)
+    found = [source] if source.is_file() else _conversations(source)
+    if options.images is None and found:
+        beside = found[0].parent
+        guesses = (beside, beside / "images", beside.parent, beside.parent / "images")
+        folders = [path for path in guesses if path.is_dir()]
+    listed = (entry for one in found for entry in entries(one, image, caption))
+    return open_listed(format, source, found, listed, folders, scratch, options)
+
+
+def _conversations(source: Path) -> list[Path]:
+    """LLaVA's files in a folder."""
+    return [path for path in sorted(source.glob("*.json")) if is_conversations(path)]
 
 
 @dataclass(frozen=True)
@@ -169,3 +207,27 @@ def _of_parquet(table: Path) -> Iterator[tuple[str, Mapping[str, Any] | str]]:
 def _text(data: bytes) -> str:
     """Bytes that should be UTF-8; those that are not become half characters, which spoil only the line they are in."""
     return data.decode("utf-8-sig", "surrogateescape")
+
+
+# -- Hugging Face's imagefolder: images, and a metadata file for all below it or for each subfolder -----------
+
+
+def metadata_files(root: Path) -> list[Path]:
+    """The metadata files of an imagefolder, at any depth."""
+    return sorted(folder / name for folder, names in walk(root) for name in names if name in METADATA)
+
+
+def imagefolder_entries(root: Path, found: list[Path], image: str | None, caption: str | None) -> Iterator[Entry]:
+    """What the metadata files say, and the images that none of them names; names are relative to `root`.
+
+    Raises:
+        DataError: from `entries`.
+    """
+    for path in found:
+        inside = path.parent.relative_to(root).as_posix()
+        yield from entries(path, image, caption, "" if inside == "." else f"{inside}/")
+    unnamed = ("caption_missing", f"{found[0].name} does not name it")
+    for folder, names in walk(root):
+        for name in names:
+            if Path(name).suffix.lower() in images.SUFFIXES:
+                yield Entry((folder / name).relative_to(root).as_posix(), None, unnamed, listed=False)
