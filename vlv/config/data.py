@@ -20,6 +20,11 @@ class ScenesSource(Section):
     test: Positive
     seed: int = 0
 
+    @property
+    def assets(self) -> list[str]:
+        """References to what the data is made from."""
+        return [self.sprites]
+
 
 class ImportedSource(Section):
     """Images brought in by `vlv data import`, which notes in the data's manifest where they come from."""
@@ -28,6 +33,11 @@ class ImportedSource(Section):
     description: str | None = Field(
         default=None, description="which images the profile is made for; for readers, nothing is decided by it"
     )
+
+    @property
+    def assets(self) -> list[str]:
+        """References to what the data is made from: none, since nothing is made."""
+        return []
 
 
 class DataGate(Section):

@@ -2,7 +2,7 @@
 
 A data folder holds `manifest.json` and for each split a folder of `00000.tar, 00001.tar ...` with
 `samples.parquet` beside them. A sample's key is 5 digits of its shard and 4 of its index, its members are
-`KEY.png` (or jpg, webp), `KEY.txt` (the caption; may be absent) and `KEY.json`. webdataset does not notice a
+`KEY.png` or `KEY.jpg`, `KEY.txt` (the caption; may be absent) and `KEY.json`. webdataset does not notice a
 tar that was cut between two members, so a shard is read against the manifest.
 """
 
@@ -19,7 +19,6 @@ from pydantic import ValidationError
 from vlv.config import Section
 from vlv.io import files, pin
 
-IMAGE_EXTENSIONS = ("png", "jpg", "jpeg", "webp")
 MANIFEST, TABLE = "manifest.json", "samples.parquet"
 REMEDY = "Restore the data with: vlv data download (own images: dvc checkout data.dvc)"
 
@@ -107,8 +106,10 @@ def scan_shard(path: Path) -> Iterator[Sample]:
 
 
 def _sample(raw: dict[str, Any], path: Path) -> Sample:
+    from vlv.io import images  # brings torch along, as webdataset does
+
     key = raw["__key__"]
-    found = [extension for extension in IMAGE_EXTENSIONS if extension in raw]
+    found = [extension for extension in raw if f".{extension}" in images.SUFFIXES]
     if len(found) != 1:
         raise DataError(f"Shard {path}, sample {key}: {len(found)} images instead of one. {REMEDY}")
     try:

@@ -92,9 +92,7 @@ def _references(chosen: Config) -> list[str]:
     """References of the configuration that lead outside the project folder."""
     loaded = [part.pretrained for part in (chosen.encoder, chosen.decoder, chosen.language_model)
               if part.weights == "pretrained"]  # fmt: skip
-    named = [*loaded, chosen.evaluate.feature_network, chosen.evaluate.sentence_model]
-    if isinstance(chosen.data.source, config.ScenesSource):
-        named.append(chosen.data.source.sprites)
+    named = [*loaded, chosen.evaluate.feature_network, chosen.evaluate.sentence_model, *chosen.data.source.assets]
     return [one for one in named if one and one.startswith(("wheel:", "hf:"))]
 
 

@@ -105,9 +105,9 @@ class _Import:
         self._wants_captions = wanted.captions is None and wanted.reading.caption_column != NONE
         if self._wants_captions and isinstance(self._reader, FolderReader):
             self._reader.ask_for_captions()
-        self._stage = Staging(staging, self._identity(), restart=restart)
+        self._stage = Staging(staging, self._inputs(), restart=restart)
 
-    def _identity(self) -> dict[str, Any]:
+    def _inputs(self) -> dict[str, Any]:
         wanted, reading = self._wanted, self._wanted.reading
         return {
             "source": self._source.name,

@@ -57,14 +57,14 @@ class Staging:
 
     Args:
         folder: made if it is not there.
-        identity: everything that decides the bytes.
+        inputs: everything that decides the bytes.
         restart: discard what another import, or an earlier state of the source, has left.
 
     Raises:
-        DataError: it holds an unfinished import with another identity.
+        DataError: it holds an unfinished import of other inputs.
     """
 
-    def __init__(self, folder: Path, identity: dict[str, Any], *, restart: bool) -> None:
+    def __init__(self, folder: Path, inputs: dict[str, Any], *, restart: bool) -> None:
         self._folder = folder
         marker = folder / "import.json"
         before = files.read_json(marker) if marker.exists() else None
@@ -72,9 +72,9 @@ class Staging:
             for path in folder.glob("*"):
                 if path.name not in {".lock", ".lock.holder", "scratch"}:
                     shutil.rmtree(path) if path.is_dir() else path.unlink()
-            files.write_json(marker, identity)
-        elif before != identity:
-            changed = sorted(key for key in {*before, *identity} if before.get(key) != identity.get(key))
+            files.write_json(marker, inputs)
+        elif before != inputs:
+            changed = sorted(key for key in {*before, *inputs} if before.get(key) != inputs.get(key))
             raise DataError(
                 f"{folder} holds an unfinished import that differs in: {', '.join(changed)}. Finish it with the "
                 "command it was started with, or discard it: --restart"
