@@ -36,9 +36,9 @@ class Drawn:
 
 
 def materialise(wanted: config.Data, paths: config.Paths, data: Path, progress: Progress | None = None) -> Manifest:
-    """Make `data` as the configuration says, unless it is there already and intact. Swapped in as a whole.
+    """Make `data` as the configuration says, unless it is there already and intact. It is put in place as a whole.
 
-    Imported images cannot be made: they are only verified.
+    Imported images cannot be made, so they are only verified.
 
     Raises:
         DataError: imported images that are missing, damaged, or were cut to another size.
