@@ -308,7 +308,7 @@ def test_a_killed_import_goes_on_to_the_same_bytes(tmp_path: Path, caplog: pytes
         import_images(source, data, wanted(recipe=Recipe(32, 64, 2.0)))
     caplog.set_level("INFO")
     import_images(source, data, wanted(), workers=2)
-    assert "Going on after" in caplog.text
+    assert "Continuing after" in caplog.text
     assert hashes(data) == hashes(tmp_path / "whole" / "data")
     assert sorted(path.name for path in data.parent.iterdir()) == ["data"]
 

@@ -92,7 +92,7 @@ def test_a_language_model_that_is_not_here_is_said_to_be_unseen(
     raw = yaml.safe_load(project.params.read_text())
     raw["language_model"]["pretrained"] = "hf:nobody/not-fetched@0000000000000000000000000000000000000000"
     _profile(project.params, raw, "tiny")
-    assert "is seen at the run: it is not here yet" in _import(project, capsys)
+    assert "is not here yet; the run will check whether it knows their words" in _import(project, capsys)
 
 
 def test_images_without_captions_need_no_words(project: Paths, capsys: pytest.CaptureFixture[str]) -> None:

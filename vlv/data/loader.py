@@ -69,7 +69,7 @@ class Grouping:
 
 
 class _Order:
-    """The position of the n-th sample of an endless training; keeps one epoch's order of shards and one shard's order."""
+    """The position of the n-th sample of an endless training. It keeps the order of one epoch and of one shard."""
 
     def __init__(self, counts: list[int], seed: int) -> None:
         self._counts, self._seed, self._samples = counts, seed, sum(counts)
@@ -154,7 +154,7 @@ class ShardLoader:
         return list(self._entries)
 
     def batches(self, start_step: int = 0) -> Iterator[Batch]:
-        """Endless batches, from the global batch `start_step` on. A batch may cross the borders of shards and epochs."""
+        """Endless batches from the global batch `start_step` on. A batch may span two shards or two epochs."""
         step = start_step
         local = self._batch_size // self._world_size
         order = _Order([entry.samples for entry in self._entries], self._seed)

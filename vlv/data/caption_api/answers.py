@@ -1,4 +1,7 @@
-"""The journal: each answer is on disk before anything else happens with it, so a kill loses nothing paid for."""
+"""The journal of answers, and the files that are made from it.
+
+Each answer is written to disk before it is used, so a kill loses no answer that was paid for.
+"""
 
 import re
 from collections import Counter
@@ -17,23 +20,23 @@ FINAL = frozenset({"caption", "refused", "empty", "cut"})
 
 
 def short(sha256: str) -> int:
-    """A hash as a number of 8 bytes: millions of them fit in memory."""
+    """The first 8 bytes of a hash as a number; millions of them fit in memory."""
     return int(sha256[:16], 16)
 
 
 class Journal:
-    """An append-only file of JSON lines; the first says what was asked of whom. Thread-safe.
+    """An append-only file of JSON lines. The first line says which model was asked, and what. Thread-safe.
 
-    Lines have `sha256` and `name` of the image, `kind` (answers: `FINAL`; `lost`: a request that may have been
-    billed without an answer), `text`, `tokens`, `cost`.
+    The other lines have `sha256` and `name` of the image, `kind` (an answer: one of `FINAL`; `lost`: a request that may
+    have been billed without an answer), `text`, `tokens` and `cost`.
 
     Args:
-        path: the file; made if it is not there. A last line that a kill cut short does not count.
-        asked: model and prompt; answers to other questions are not mixed.
-        again: images whose answer was no caption count as not asked.
+        path: the file; it is made if it does not exist. A last line that a kill cut short is ignored.
+        asked: model and prompt. A file never mixes answers to different questions.
+        again: treat images whose answer was no caption as not asked.
 
     Raises:
-        DataError: the file is damaged, or its answers are to another question.
+        DataError: the file is damaged, or it holds answers to another question.
     """
 
     def __init__(self, path: Path, asked: dict[str, Any], *, again: bool = False) -> None:
@@ -52,7 +55,7 @@ class Journal:
             known = before if isinstance(before, dict) else {}
             changed = sorted(key for key in {*known, *asked} if known.get(key) != asked.get(key))
             raise DataError(
-                f"{self._path} has answers to another question ({', '.join(changed)} differ). Choose another folder "
+                f"{self._path} holds answers to another question ({', '.join(changed)} differ). Choose another folder "
                 "with -o, or ask as before."
             )
         for line in lines:
@@ -61,7 +64,7 @@ class Journal:
                 self.answered.add(short(line["sha256"]))
 
     def lines(self) -> Iterator[dict[str, Any]]:
-        """All lines, one in memory."""
+        """All lines; memory holds one of them."""
         for row, end in files.iterate_json_lines(self._path):
             if isinstance(row, files.FileError):
                 raise DataError(str(row)) from row
@@ -70,7 +73,7 @@ class Journal:
             yield row
 
     def append(self, value: dict[str, Any]) -> None:
-        """Write a line through to the disk."""
+        """Append a line and flush it to the disk."""
         files.append_json_line(self._path, value)
 
 
@@ -86,7 +89,10 @@ _SCHEMA = pa.schema([(name, pa.string()) for name in ("sha256", "name", "caption
 
 @dataclass(frozen=True)
 class Exported:
-    """Captions, answers that are none (by kind), and `.txt` files written and left as they were."""
+    """How many captions were exported, how many answers are unusable (by kind), and what became of the `.txt` files.
+
+    `sidecars`: written beside images. `sidecars_there`: another text was there and stays.
+    """
 
     captions: int
     unusable: dict[str, int]
@@ -95,9 +101,9 @@ class Exported:
 
 
 def export(journal: Journal, output: Path, beside: Path | None) -> Exported:
-    """Write `output`/captions.parquet and unusable.jsonl; `beside`: also a .txt beside each image of this folder.
+    """Write `output`/captions.parquet and unusable.jsonl.
 
-    A text that is there already stays as it is.
+    `beside`: also write a .txt file beside each image in this folder. A file that exists already stays as it is.
     """
     unusable = {line["sha256"]: line for line in _lines(journal) if line["kind"] in FINAL and line["kind"] != "caption"}
     count, made, there = 0, 0, 0
@@ -126,7 +132,7 @@ def _lines(journal: Journal) -> Iterator[dict[str, Any]]:
 
 
 def _write_beside(folder: Path, name: str, caption: str) -> bool | None:
-    """True: written; False: another text is there; None: it is there already, or the image is not."""
+    """True: written. False: another text is there. None: the same text is there, or the image is not."""
     image = folder / name
     if not image.resolve().is_relative_to(folder.resolve()) or not image.is_file():
         return None

@@ -19,7 +19,7 @@ import httpx
 from vlv.data.readers.found import readable
 from vlv.io import files
 
-# The default. A caption is what Stage 2 learns to write: facts, in whole sentences, with an end.
+# The default instruction. Stage 2 learns to write such captions: facts, in whole sentences, with an end.
 PROMPT = (
     "Describe this image in one paragraph of 60 to 150 words. Name the objects and people, how many there are, "
     "their colours, what they do and where in the picture they are; then the background, any text that can be read, "
@@ -29,7 +29,7 @@ PROMPT = (
 
 Kind = Literal["caption", "refused", "empty", "cut"]
 
-# Refusals in the words of a chat model. Captions do not begin in the first person.
+# How chat models begin a refusal. A caption does not begin in the first person.
 _REFUSAL = re.compile(
     r"\W*(?:(?:i['\u2019]?m|i am)\s+(?:\w+\s+)?(?:sorry|unable|not able|not allowed)|sorry\b|i\s+apologi[sz]e"
     r"|i\s+(?:can\s?not|can['\u2019]t|won['\u2019]t|will not|do not|don['\u2019]t|must decline)\b|as an ai\b"
@@ -39,16 +39,18 @@ _REFUSAL = re.compile(
 
 
 class GarbageError(ValueError):
-    """An answer that is not what a chat-completions endpoint gives."""
+    """The answer is not a chat completion."""
 
 
 @dataclass(frozen=True)
 class Answer:
-    """One answer. `text` is the caption (blanks and line ends made one space) or what came in its place.
+    """One answer.
 
-    Kinds: `refused` (by the API's own field, its content filter, or in words), `empty`, `cut` (at the token limit:
-    half a sentence would teach a captioner to stop anywhere). `tokens`: prompt and completion; None where the
-    endpoint does not say.
+    Attributes:
+        kind: `caption`; `refused`: by the API's own field, by its content filter, or in words; `empty`; `cut`: at the
+            token limit (half a sentence would teach the captioner to stop anywhere).
+        text: the caption, with each run of white space replaced by one space, or what the model said instead.
+        tokens: of the prompt and of the completion; None if the endpoint does not say.
     """
 
     kind: Kind
@@ -60,7 +62,7 @@ def parse(body: bytes) -> Answer:
     """Read the body of a chat completion.
 
     Raises:
-        GarbageError: not JSON, or not of that form.
+        GarbageError: the body is not JSON, or is not a chat completion.
     """
     try:
         value = files.parse_json(body, "the answer")
@@ -83,7 +85,7 @@ def parse(body: bytes) -> Answer:
 
 
 def _text(content: Any) -> str:
-    """The content as text; some servers give it in parts."""
+    """The content as text. Some servers send it in parts."""
     if isinstance(content, list):
         return " ".join(str(part.get("text") or "") for part in content if isinstance(part, dict))
     if content is None or isinstance(content, str):
@@ -98,22 +100,22 @@ def _tokens(usage: Any) -> tuple[int, int] | None:
         return None
 
 
-_AGAIN = frozenset({408, 409, 425, 429, 500, 502, 503, 504, 529})
-_HOPELESS = {
+_RETRIED = frozenset({408, 409, 425, 429, 500, 502, 503, 504, 529})
+_FATAL = {
     401: "the key is missing or wrong: name its environment variable with --key-env",
     402: "the account has no credit",
     403: "the key may not use this model",
     404: "there is no such address or model: check --base-url (it usually ends in /v1) and --model",
 }
-_MAX_ANSWER = 4 << 20  # bytes; more is no caption
+_MAX_ANSWER = 4 << 20  # bytes; a longer answer is no caption
 
 
 class EndpointError(RuntimeError):
-    """The endpoint cannot be used at all; the message says why and what to do."""
+    """The endpoint cannot be used at all. The message says why and what to do."""
 
 
 class RejectedError(RuntimeError):
-    """The endpoint will not take this image."""
+    """The endpoint does not accept this image."""
 
 
 class NoAnswerError(RuntimeError):
@@ -126,11 +128,16 @@ class StoppedError(RuntimeError):
 
 @dataclass(frozen=True)
 class Question:
-    """What is asked, of whom. Times in seconds.
+    """What is asked, and of which model. Times are in seconds.
 
-    `key` is sent as a bearer token and written nowhere. `extra` is merged into each request; a null removes a
-    field (such as {"max_tokens": null, "max_completion_tokens": 400}). A wait longer than `longest_wait`, asked for
-    by the endpoint, ends the run.
+    Attributes:
+        key: sent as a bearer token and never written to disk.
+        max_tokens: the largest number of tokens in a caption.
+        extra: merged into each request; None removes a field, such as {"max_tokens": None, "max_completion_tokens":
+            400}.
+        retries: further attempts for an image after the first.
+        first_wait: the pause before the second attempt; the pauses double from there.
+        longest_wait: if the endpoint asks for a longer pause, the run ends.
     """
 
     base_url: str
@@ -146,10 +153,11 @@ class Question:
 
 
 class Client:
-    """Sends images; thread-safe, with one pool of connections for all threads.
+    """Sends images to the API. Thread-safe, with one pool of connections for all threads.
 
-    Waits between attempts double from `first_wait` to a minute, times a random 0.5 to 1, and are never shorter than
-    a Retry-After; while one thread has been told to wait, no other sends anything.
+    The retry policy: pauses double from `first_wait` up to a minute, each multiplied by a random number from 0.5 to 1,
+    and are never shorter than a Retry-After header says. When the endpoint has told one thread to wait, no thread
+    sends anything.
     """
 
     def __init__(self, question: Question, stop: threading.Event, connections: int) -> None:
@@ -161,19 +169,23 @@ class Client:
             timeout=httpx.Timeout(question.timeout, connect=min(question.timeout, 15.0)),
             limits=httpx.Limits(max_connections=connections, max_keepalive_connections=connections),
         )
-        self._not_before = 0.0  # on the monotonic clock, for all threads
+        self._not_before = 0.0  # time on the monotonic clock; for all threads
 
     def close(self) -> None:
         """Close all connections."""
         self._client.close()
 
     def ask(self, jpeg: bytes, lost: Callable[[str], None]) -> Answer:
-        """The answer for one image; `lost` is told of each request that may be billed though nothing came back.
+        """Ask about one image.
+
+        Args:
+            jpeg: the encoded image.
+            lost: called for each request that may be billed although no answer came back.
 
         Raises:
-            RejectedError, NoAnswerError: for this image.
-            EndpointError: for all.
-            StoppedError: while waiting.
+            RejectedError, NoAnswerError: this image gets no answer.
+            EndpointError: no image gets an answer.
+            StoppedError: the run ended during a pause.
         """
         problem = ""
         for attempt in range(self._question.retries + 1):
@@ -200,7 +212,7 @@ class Client:
         raise NoAnswerError(f"{self._question.retries + 1} attempts failed; the last: {problem}")
 
     def _wait(self, attempt: int) -> None:
-        """Before an attempt: until the endpoint is ready for anyone, and longer after each failure."""
+        """Pause before an attempt: until the endpoint accepts requests again, and longer after each failure."""
         pause = 0.0
         if attempt:
             pause = min(60.0, self._question.first_wait * 2.0 ** (attempt - 1)) * random.uniform(0.5, 1.0)
@@ -213,14 +225,14 @@ class Client:
                 return
 
     def _send(self, jpeg: bytes) -> tuple[httpx.Response, bytes]:
-        """One request. httpx bounds each read; a server that trickles is bounded here as a whole."""
+        """One request. httpx limits the time of each read; the time of the whole answer is limited here."""
         deadline = time.monotonic() + self._question.timeout
         body = bytearray()
         with self._client.stream("POST", self._url, json=self._request(jpeg)) as response:
             for chunk in response.iter_bytes():
                 body += chunk
                 if len(body) > _MAX_ANSWER or time.monotonic() > deadline:
-                    raise httpx.ReadTimeout(f"no end after {len(body)} bytes", request=response.request)
+                    raise httpx.ReadTimeout(f"the answer did not end after {len(body)} bytes", request=response.request)
         return response, bytes(body)
 
     def _request(self, jpeg: bytes) -> dict[str, Any]:
@@ -238,13 +250,13 @@ class Client:
         return {name: value for name, value in request.items() if value is not None}
 
     def _examine(self, response: httpx.Response, body: bytes) -> str:
-        """What is wrong with an answer that is no success; returns if it is worth another attempt."""
+        """What is wrong with a failed request, if another attempt may help; otherwise raises."""
         status, said = response.status_code, body[:300].decode("utf-8", "replace")
         problem = f"HTTP {status}: {said}"
-        if status in _HOPELESS or response.is_redirect or "insufficient_quota" in said:
-            remedy = _HOPELESS.get(status, "the address redirects" if response.is_redirect else "no quota is left")
+        if status in _FATAL or response.is_redirect or "insufficient_quota" in said:
+            remedy = _FATAL.get(status, "the address redirects" if response.is_redirect else "no quota is left")
             raise EndpointError(f"{self._url} answers {problem} - {remedy}")
-        if status not in _AGAIN:
+        if status not in _RETRIED:
             raise RejectedError(problem)
         pause = _retry_after(response.headers.get("retry-after", ""))
         if pause > self._question.longest_wait:
@@ -255,7 +267,7 @@ class Client:
 
 
 def _retry_after(value: str) -> float:
-    """Seconds of a Retry-After header: a number or a date; 0 without one."""
+    """The seconds of a Retry-After header, which is a number or a date; 0 without one."""
     try:
         return max(0.0, float(value))
     except ValueError:

@@ -1,4 +1,7 @@
-"""`caption_images`: every image of a source is asked about once, whatever happens in between."""
+"""`caption_images` gets a caption for every image of a source from the captioning API.
+
+It asks about each image once, even if it is killed and started again.
+"""
 
 import threading
 from collections import Counter
@@ -22,17 +25,23 @@ from vlv.data.readers.found import Found, Reader
 from vlv.io import files, images
 from vlv.io.progress import Meter, meter
 
-# So many images in a row without an answer, or rejected before the first answer: the endpoint is at fault.
+# The endpoint is at fault if this many images in a row get no answer, or are rejected before the first answer.
 _FAILED_IN_A_ROW, _REJECTED_AT_FIRST = 10, 5
 _EXAMPLES = 20
 
 
 @dataclass(frozen=True)
 class CaptionOptions:
-    """How a run goes. `longest_side`: pixels, larger images are scaled down before they are sent (as JPEG).
+    """What a run asks, and how.
 
-    `limit`: images asked about in this run. `again`: ask again where the answer was no caption. `sidecars`: also
-    write a .txt beside each image (folders only).
+    Attributes:
+        cap: the largest cost of all runs into one folder; None: no cap.
+        concurrency: requests at a time.
+        longest_side: in pixels; larger images are scaled down before they are sent (as JPEG).
+        limit: how many images this run asks about; None: all.
+        again: ask again if the answer was no caption.
+        sidecars: also write a .txt file beside each image (folders only).
+        reading: how the source is read.
     """
 
     question: Question
@@ -48,12 +57,17 @@ class CaptionOptions:
 
 @dataclass
 class CaptionReport:
-    """What became of a run.
+    """The result of a run.
 
-    `counts`: images by `caption`, `refused`, `empty`, `cut` (answered now), `answered_before`, `repeated` (the same
-    file again), `unreadable`, `rejected`, `failed`; `lost` counts requests that may be billed without an answer.
-    `notes`: the first few that are no captions, as name, reason and message. `stopped`: why it ended early. `cost`
-    is that of all runs.
+    Attributes:
+        counts: number of images by result: `caption`, `refused`, `empty`, `cut` (answered in this run),
+            `answered_before`, `repeated` (the same file again), `unreadable`, `rejected`, `failed`. `lost` counts
+            requests that may be billed without an answer.
+        tokens: of prompts and of completions.
+        notes: the first images without a caption: name, reason and message.
+        stopped: why the run ended early; None if it did not.
+        cost: of all runs.
+        exported: the files that were made from the journal.
     """
 
     counts: Counter[str] = field(default_factory=Counter)
@@ -65,19 +79,19 @@ class CaptionReport:
 
     @property
     def complete(self) -> bool:
-        """Whether no image is left that another run would ask about."""
+        """Whether another run would find no image to ask about."""
         return self.stopped is None and not self.counts["failed"] and not self.counts["rejected"]
 
 
 def caption_images(source: Path, output: Path, options: CaptionOptions) -> CaptionReport:
-    """Ask for a caption of each image of `source` that has no answer yet; the answers are in `output`.
+    """Ask for a caption of each image of `source` that has no answer in `output` yet.
 
-    `output`/journal.jsonl is the record (vlv.data.caption_api.answers); captions.parquet, unusable.jsonl and, where
-    wanted, texts beside the images are made from it at the end of each run, also of one that is stopped.
+    `output`/journal.jsonl is the record (vlv.data.caption_api.answers). At the end of each run, also of a stopped one,
+    captions.parquet, unusable.jsonl and, if wanted, the texts beside the images are made from it.
 
     Raises:
-        DataError: a source that cannot be read, or answers to another question in `output`.
-        EndpointError: the endpoint cannot be used; what was answered before is kept and exported.
+        DataError: the source cannot be read, or `output` holds answers to another question.
+        EndpointError: the endpoint cannot be used. Earlier answers are kept and exported.
         LockHeldError: another run writes to `output`.
     """
     with files.folder_lock(output, "vlv data caption"):
@@ -95,15 +109,15 @@ def caption_images(source: Path, output: Path, options: CaptionOptions) -> Capti
 
 
 class _CapReached(Exception):
-    """Another attempt could pass the cap."""
+    """Another attempt could exceed the cap."""
 
 
 class _Run:
     def __init__(self, options: CaptionOptions, journal: Journal, report: CaptionReport) -> None:
         self._options, self._journal, self._report = options, journal, report
         self._lock = threading.Lock()
-        self._enough = threading.Event()  # no more images; what is under way goes on
-        self._stop = threading.Event()  # nor any more attempts
+        self._enough = threading.Event()  # no more images; requests in progress continue
+        self._stop = threading.Event()  # no more attempts either
         self._budget = Budget(options.prices, options.cap, journal.spent, options.question.max_tokens)
         self._client = Client(options.question, self._stop, options.concurrency)
         self._claimed: set[int] = set()  # by this run
@@ -111,8 +125,8 @@ class _Run:
         self._failed_in_a_row = 0
 
     def work(self, reader: Reader) -> None:
-        """Ask about everything; an interrupt waits for the answers that are under way, since they are paid for."""
-        slots = threading.BoundedSemaphore(2 * self._options.concurrency)  # what is loaded and waits, too
+        """Ask about all images. An interrupt waits for the answers in progress, because they are paid for."""
+        slots = threading.BoundedSemaphore(2 * self._options.concurrency)  # images that are loaded or in progress
         with meter("Captioning", reader.total()) as progress, ThreadPoolExecutor(self._options.concurrency) as pool:
             try:
                 for found in reader.read():
@@ -139,7 +153,7 @@ class _Run:
             self._stop.set()
 
     def _one(self, found: Found, progress: Meter) -> None:
-        """One image, from its bytes to the journal."""
+        """Process one image, from its bytes to the journal."""
         try:
             if found.load is None:
                 raise OSError(f"{found.reason}: {found.message}")
@@ -154,7 +168,7 @@ class _Run:
             progress.advance(note=f"spent {self._budget.spent:.4g}" if self._budget.spent else "")
 
     def _claim(self, digest: str) -> bool:
-        """Whether this image is ours to ask about: not answered, and not under way."""
+        """Whether to ask about this image: it has no answer and no request is in progress."""
         key = short(digest)
         with self._lock:
             if key in self._journal.answered or key in self._claimed:
@@ -205,7 +219,7 @@ class _Run:
 
     def _capped(self) -> None:
         with self._lock:
-            self._end(f"the price cap of {self._options.cap:g} ({self._budget.spent:.4g} are spent)")
+            self._end(f"the price cap of {self._options.cap:g} ({self._budget.spent:.4g} is spent)")
 
     def _answered(self, name: str, answer: Answer) -> None:
         if answer.kind != "caption":
@@ -233,6 +247,6 @@ class _Run:
         self._failed_in_a_row += 1
         if self._failed_in_a_row >= _FAILED_IN_A_ROW:
             raise EndpointError(
-                f"{self._failed_in_a_row} images in a row got no answer; the last: {message}. What was answered is "
-                "kept: run the command again when the endpoint is well."
+                f"{self._failed_in_a_row} images in a row got no answer; the last: {message}. The answers so far are "
+                "kept: run the command again when the endpoint works."
             )

@@ -1,4 +1,4 @@
-"""How one foreign image becomes a record of ours."""
+"""How one image becomes a record: cut, put into a split, counted."""
 
 import hashlib
 from collections import Counter
@@ -14,11 +14,11 @@ from vlv.io import files, images
 
 @dataclass(frozen=True)
 class Recipe:
-    """What every image is held to and made into; sizes in pixels.
+    """The bounds that every image must meet, and what becomes of it. Sizes are in pixels.
 
-    Dropped, by name: `unreadable`, `too_small` (shorter side below `min_side`), `aspect` (longer / shorter side
-    above `max_aspect`). The rest is cut to `image_size` squares (in the way of `resize`) and stored as PNG (lossless,
-    the same bytes on every machine) or as JPEG (quality 95, a fifth of the space or so).
+    An image is dropped as `unreadable`, `too_small` (shorter side below `min_side`) or `aspect` (longer / shorter side
+    above `max_aspect`). The others are cut to squares of `image_size` (`resize` says how) and stored as PNG (lossless,
+    the same bytes on every machine) or as JPEG (quality 95, about a fifth of the space).
     """
 
     image_size: int
@@ -30,10 +30,14 @@ class Recipe:
 
 @dataclass(frozen=True)
 class Prepared:
-    """A record on its way to a shard; `place` is where it was found.
+    """A record that is ready for a shard.
 
-    `content` is the hash of the pixels as stored, `source_sha256` that of the bytes as found; None for a dropped
-    one. `split` is given where the source decides it. `caption_problem`: a caption that was there and left out.
+    Attributes:
+        place: where the sample was found.
+        content: hash of the pixels as they are stored; None for a dropped sample.
+        source_sha256: hash of the image file as it was found; None for a dropped sample.
+        split: if the source decides it.
+        caption_problem: reason and message for a caption that was found and left out.
     """
 
     place: Found
@@ -45,7 +49,7 @@ class Prepared:
 
 
 def prepare(found: Found, recipe: Recipe) -> Prepared:
-    """Load, decode, check, cut and encode one sample. Never raises for bad data: what fails is dropped by name."""
+    """Load, decode, check, cut and encode one sample. A bad sample is dropped with a reason; it raises nothing."""
     if found.load is None:
         return _dropped(found, found.reason, found.message)
     try:
@@ -89,13 +93,13 @@ def _kept(found: Found, content: Content, cut: images.Pixels, size: tuple[int, i
 
 
 def drop(prepared: Prepared, reason: str, message: str) -> Prepared:
-    """The same sample, left out after all."""
+    """The same sample, dropped."""
     record = prepared.record
     return _dropped(prepared.place, reason, message, record.original_width, record.original_height)
 
 
 def with_caption(prepared: Prepared, caption: str) -> Prepared:
-    """The same sample with another caption (blanks and line ends made one space)."""
+    """The same sample with another caption; each run of white space becomes one space."""
     record = replace(prepared.record, caption=" ".join(caption.split()), error_message=None)
     return replace(prepared, record=record, caption_problem=None)
 
@@ -110,7 +114,10 @@ SPLITS: tuple[Split, ...] = get_args(Split)
 
 @dataclass(frozen=True)
 class Shares:
-    """Parts of the images that are held out; the rest is for training."""
+    """Shares of the images for validation and test; the others are for training.
+
+    The split of an image is a function of its pixels and the seed. So more images do not move the others.
+    """
 
     validation: float = 0.02
     test: float = 0.08
@@ -118,10 +125,10 @@ class Shares:
 
     def __post_init__(self) -> None:
         if min(self.validation, self.test) < 0 or self.validation + self.test >= 1:
-            raise ValueError(f"shares {self.validation} and {self.test}: not negative, together below 1")
+            raise ValueError(f"shares {self.validation} and {self.test}: not negative, with a sum below 1")
 
     def position(self, content: str) -> float:
-        """Where an image (hex hash of its pixels) lies in [0, 1): validation at the lower end, test at the upper."""
+        """The position in [0, 1) of an image (hex hash of its pixels): validation is lowest, test is highest."""
         return int.from_bytes(hashlib.sha256(f"{self.seed}:{content}".encode()).digest()[:6], "big") / 2**48
 
     def split_of(self, content: str) -> Split:
@@ -132,15 +139,15 @@ class Shares:
         return "test" if position >= 1 - self.test else "train"
 
     def wanted(self) -> set[Split]:
-        """Splits that are to have images."""
+        """The splits that shall have images."""
         shares: dict[Split, float] = {"train": 1.0, "validation": self.validation, "test": self.test}
         return {split for split, share in shares.items() if share}
 
     def filled(self, contents: list[str]) -> dict[str, Split]:
-        """The splits of a small set: as `split_of`, but each gets an image if there are enough.
+        """The splits of a small set: as `split_of`, but no split stays empty if there are enough images.
 
-        What lies lowest goes to validation and what lies highest to test. This is the one case in which a later
-        image can move an earlier one: a set in which some split would otherwise be empty.
+        The image at the lowest position goes to validation, the one at the highest to test. This is the only case in
+        which a later image can move an earlier one.
         """
         order = sorted(contents, key=self.position)
         if len(order) < len(self.wanted()):
@@ -160,7 +167,7 @@ _EXAMPLES = 20  # kept for each reason
 
 @dataclass(frozen=True)
 class Note:
-    """A sample that was left out, or kept without its caption."""
+    """A sample that was dropped, or kept without its caption."""
 
     path: str
     reason: str
@@ -169,8 +176,10 @@ class Note:
 
 @dataclass
 class Tally:
-    """What became of samples: how many were found and kept, and by reason how many were dropped or lost their
-    caption, with the first few of each."""
+    """Counts of samples: found, kept, and, by reason, dropped or kept without their caption.
+
+    `notes` has the first few samples of each reason.
+    """
 
     found: int = 0
     kept: int = 0
@@ -199,7 +208,7 @@ class Tally:
             self.notes.append(note)
 
     def extend(self, other: "Tally") -> None:
-        """Add another tally, which comes after this one."""
+        """Add the counts of a tally that follows this one."""
         self.found += other.found
         self.kept += other.kept
         self.captions += other.captions
@@ -211,7 +220,7 @@ class Tally:
             self._note(note, have[note.reason])
 
     def to_json(self) -> dict[str, Any]:
-        """For `from_json` (dataclasses.asdict breaks counters)."""
+        """Plain data for `from_json`. (dataclasses.asdict breaks counters.)"""
         return {**vars(self), "notes": [asdict(note) for note in self.notes]}
 
     @staticmethod
@@ -221,6 +230,6 @@ class Tally:
         return Tally(**{**value, **reasons, "notes": [Note(**note) for note in value["notes"]]})
 
     def counts(self) -> dict[str, int]:
-        """Kept samples, those with a caption, and each reason."""
+        """Numbers of kept samples, of samples with a caption, and of samples by reason."""
         reasons = self.dropped + self.captions_left_out
         return {"kept": self.kept, "with_caption": self.captions, **dict(sorted(reasons.items()))}

@@ -1,4 +1,4 @@
-"""A folder of images, at any depth, with `.txt`, `.caption` or `.json` files of the same names."""
+"""Reads a folder of images, at any depth, with captions in `.txt`, `.caption` or `.json` files of the same names."""
 
 import functools
 import hashlib
@@ -13,16 +13,16 @@ from vlv.data.readers.found import Content, Found, database, rank, walk
 from vlv.data.shards import DataError
 from vlv.io import files, images
 
-SIDECARS = (".txt", ".caption", ".json")  # the first that is there counts
-# What may hold the captions of a whole folder, unless it says by its name that it is about the folder.
+SIDECARS = (".txt", ".caption", ".json")  # the first that exists is used
+# Files that may hold the captions of a whole folder, unless their names begin as in `_ABOUT`.
 _LISTS = (*SIDECARS, ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet")
 _ABOUT = ("readme", "license", "licence", "notice", "credits", "attribution", "dataset_info")
 
 
 class FolderReader:
-    """Images below `root`, hidden ones left out, in an order shuffled by `seed`.
+    """Images below `root` without hidden ones, in an order that is shuffled by `seed`.
 
-    The list of files is kept in a database below `scratch`, so that memory does not grow with it.
+    A database below `scratch` keeps the list of files, so that memory does not grow with it.
     """
 
     format = "folder"
@@ -49,10 +49,10 @@ class FolderReader:
                     yield rank(self._seed, relative), os.fsencode(relative), status.st_size, status.st_mtime_ns
 
     def ask_for_captions(self) -> None:
-        """Stop where no image has captions beside it, but some file may hold those of all.
+        """Check that captions were found, unless no file looks like captions.
 
         Raises:
-            DataError: with the file, and what to say.
+            DataError: no image has a caption beside it, but some file may hold all captions. Names it and the remedy.
         """
         if self._captioned or self._list is None or not self.total():
             return
@@ -96,7 +96,7 @@ class FolderReader:
         return Content(image, caption, meta=meta, url=self._url(meta))
 
     def _read(self, path: Path, sidecar: Path, url: str) -> tuple[str | None, dict[str, Any]]:
-        """The caption, and what the JSON file says besides, wherever the caption comes from."""
+        """The caption, and the other values of the JSON file, wherever the caption comes from."""
         if sidecar.suffix == ".json":
             value = captions.parse_json(sidecar.read_bytes())
             caption, others = captions.pick(captions.of_json(value), self._rule, self._seed, url)
@@ -106,7 +106,7 @@ class FolderReader:
         return caption, _origin(captions.parse_json(beside.read_bytes())) if beside.exists() else {}
 
     def _url(self, _meta: dict[str, Any]) -> str | None:
-        return None  # the place in the folder is the name
+        return None  # the place in the folder is its name
 
 
 def _may_list(name: str) -> bool:
@@ -119,7 +119,7 @@ def _origin(value: dict[str, Any]) -> dict[str, Any]:
 
 
 def recognises(format: str, source: Path, inside: frozenset[str]) -> bool:
-    """Whatever is a folder and nothing else: the last format that is asked."""
+    """Any folder. This format is asked last."""
     return source.is_dir()
 
 

@@ -10,9 +10,10 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from vlv.data.readers.columns import DAMAGE, pylist
+from vlv.data.readers.columns import DAMAGE
 from vlv.data.readers.folder import FolderReader
 from vlv.data.readers.found import Found
+from vlv.data.readers.schema import pylist
 
 _ROWS = 1024  # read at a time
 
@@ -33,10 +34,10 @@ def is_files_layout(folder: Path) -> bool:
 
 
 def failures(table: Path, present: Set[str] | None) -> Iterator[tuple[str, str, str]]:
-    """URL, reason and message of each row without an image: img2dataset's status (`failed_to_download`,
-    `failed_to_resize`), or `missing_in_tar` where it says success but the key is not in `present`.
+    """URL, reason and message of each row without an image.
 
-    A table that cannot be read gives one row, `damaged_file`.
+    The reason is img2dataset's status (`failed_to_download`, `failed_to_resize`), or `missing_in_tar` if the status is
+    success and the key is not in `present`. A table that cannot be read gives one row, `damaged_file`.
     """
     try:
         for row in _rows(table):
@@ -58,7 +59,7 @@ def _rows(table: Path) -> Iterator[dict[str, Any]]:
 
 
 class FilesReader(FolderReader):
-    """img2dataset's "files" layout: a second part holds what could not be downloaded."""
+    """img2dataset's "files" layout. A second part lists the images that could not be downloaded."""
 
     format = "img2dataset"
 

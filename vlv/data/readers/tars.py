@@ -1,4 +1,4 @@
-"""Webdataset tars: img2dataset's output, others' of the same form, and our own shards."""
+"""Reads webdataset tars: the output of img2dataset, tars of the same form, and our own shards."""
 
 import functools
 import gzip
@@ -21,16 +21,17 @@ from vlv.io import files, images
 ENDINGS = (".tar", ".tar.gz", ".tgz")
 _TEXTS = ("txt", "caption")
 _LARGEST = 1 << 30  # bytes of a member that is read; a header can claim any size
-# What tarfile raises on damage, some of it from the middle of a number that it does not understand.
+# What tarfile raises for a damaged tar; some errors come from a number that it cannot parse.
 _DAMAGE = (tarfile.TarError, OSError, EOFError, zlib.error, ValueError, OverflowError)
 
 
 @dataclass
 class _Members:
-    """The members of one sample: extension -> offset and size in bytes; of a compressed tar the bytes of those that
-    are used.
+    """The members of one sample.
 
-    `problem`: why there is no sample.
+    Attributes:
+        places: extension -> offset and size in bytes; in a compressed tar the bytes of the members that are used.
+        problem: why there is no sample.
     """
 
     key: str
@@ -39,7 +40,7 @@ class _Members:
 
 
 def recognises(format: str, source: Path, inside: frozenset[str]) -> bool:
-    """shards: a data folder of ours. img2dataset: tars, or the layout of its files."""
+    """shards: one of our data folders. img2dataset: tars, or its "files" layout."""
     if format == "shards":
         return (source / MANIFEST).exists() and (source / "train").is_dir()
     if source.is_file():
@@ -48,7 +49,7 @@ def recognises(format: str, source: Path, inside: frozenset[str]) -> bool:
 
 
 def open_reader(format: str, source: Path, scratch: Path, options: ReadOptions) -> Reader:
-    """The reader of shards, of tars, or of the layout of files."""
+    """The reader of shards, of tars, or of the "files" layout."""
     if format == "shards" or source.is_file() or any(_tars(source)):
         return TarReader(source, options.seed, options.rule, ours=format == "shards")
     return FilesReader(source, scratch, options.seed, options.rule)
@@ -59,11 +60,11 @@ def _tars(folder: Path) -> Iterator[Path]:
 
 
 class TarReader:
-    """All tars below `root` (or one tar), in an order shuffled by `seed`; a part is a tar.
+    """All tars below `root` (or one tar), in an order that is shuffled by `seed`. A part is a tar.
 
-    Only headers are read here; a sample's bytes are read by `Found.load`, or at once where the tar is compressed. After
-    a tar's samples come the rows that img2dataset's parquet file beside it lists as failed. `ours`: the tars are shards
-    of a data folder.
+    `read` reads only headers; `Found.load` reads the bytes of a sample. (In a compressed tar `read` reads them too.)
+    After the samples of a tar come the rows that img2dataset's parquet file beside it lists as failed. `ours`: the tars
+    are shards of a data folder.
     """
 
     def __init__(self, root: Path, seed: int, rule: Rule, *, ours: bool = False) -> None:
@@ -73,7 +74,7 @@ class TarReader:
         self._tars = shuffled(_tars(root) if root.is_dir() else [root], self._root, seed)
 
     def total(self) -> int:
-        """By img2dataset's `_stats.json`; a tar without is taken to be as the others, or counted."""
+        """From img2dataset's `_stats.json`. A tar without it counts as the average; if none has it, one is counted."""
         counts = [self._stated(tar) for tar in self._tars]
         known = [count for count in counts if count is not None]
         if not known:
@@ -184,10 +185,10 @@ def _is_compressed(tar: Path) -> bool:
 
 
 def _samples(tar: Path) -> Iterator[_Members]:
-    """Runs of members with the same key; the key is a name up to its first dot, as webdataset has it.
+    """Runs of members with the same key. The key is a name up to its first dot, as in webdataset.
 
     Raises:
-        One of `_DAMAGE`, where what follows cannot be found; a member that can be passed over is a problem of its own.
+        One of `_DAMAGE`: the next member cannot be found. A bad member that can be skipped is a sample with a problem.
     """
     current: _Members | None = None
     compressed = _is_compressed(tar)
@@ -230,7 +231,7 @@ def _is_wanted(extension: str) -> bool:
 
 
 def _members(archive: tarfile.TarFile, stream: BufferedIOBase) -> Iterator[tuple[int, tarfile.TarInfo | str]]:
-    """Each member with the place of its header; a text where one cannot be understood but the next can be found.
+    """Each member with the place of its header. A bad member is a text, if the next member can be found.
 
     Raises:
         One of `_DAMAGE`.
@@ -245,7 +246,7 @@ def _members(archive: tarfile.TarFile, stream: BufferedIOBase) -> Iterator[tuple
             found = str(error)
             if archive.offset <= reached:  # type: ignore[attr-defined]
                 raise
-        archive.members = []  # type: ignore[attr-defined]  # or tarfile keeps every header
+        archive.members = []  # type: ignore[attr-defined]  # otherwise tarfile keeps every header
         if found is None:
             break
         yield begin, found
@@ -253,7 +254,7 @@ def _members(archive: tarfile.TarFile, stream: BufferedIOBase) -> Iterator[tuple
             raise tarfile.ReadError(f"the member at byte {begin} has a negative size")
         reached = archive.offset  # type: ignore[attr-defined]
     stream.seek(begin)
-    if stream.read(tarfile.BLOCKSIZE).strip(b"\0"):  # tarfile takes a header that is none for the end
+    if stream.read(tarfile.BLOCKSIZE).strip(b"\0"):  # tarfile takes a bad header for the end
         raise tarfile.ReadError(f"no member begins at byte {begin}")
 
 
