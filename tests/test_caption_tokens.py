@@ -17,7 +17,7 @@ def test_labels_end_with_eos_and_ignore_padding() -> None:
         assert (ids[row, len(sequence) :] == words.pad_token_id).all()
 
 
-def test_the_end_is_learned_even_where_padding_is_the_end_token() -> None:
+def test_the_end_is_learned_even_if_padding_is_the_end_token() -> None:
     """Many models pad with <eos>; masking labels by value would then unlearn the end."""
     ids, labels = caption_tokens.collate([[5, 6, 2], [7, 2]], pad=2)
     assert labels.tolist() == [[5, 6, 2], [7, 2, caption_tokens.IGNORED]]

@@ -43,7 +43,7 @@ def test_scene_bytes_are_the_known_ones(scene_data: Path) -> None:
     assert entry.sha256 == "35a6d0f6270e513c0a4c6267f60b6d11c89f09735dc869899cb813260f81753c"
 
 
-def test_what_is_there_and_intact_is_not_made_again(scene_data: Path, paths: config.Paths) -> None:
+def test_intact_data_is_not_made_again(scene_data: Path, paths: config.Paths) -> None:
     before = {path: path.stat().st_mtime_ns for path in scene_data.rglob("*")}
     sources.materialise(small_scenes(), paths, scene_data)
     assert {path: path.stat().st_mtime_ns for path in scene_data.rglob("*")} == before
@@ -171,7 +171,7 @@ def test_each_epoch_shows_every_sample_once_in_another_order(scene_data: Path) -
     assert first != keys(ShardLoader(scene_data, "train", 10, seed=2).batches(), 5)
 
 
-def test_a_resumed_loader_goes_on_with_the_same_samples(scene_data: Path) -> None:
+def test_a_resumed_loader_continues_with_the_same_samples(scene_data: Path) -> None:
     whole = list(itertools.islice(ShardLoader(scene_data, "train", 7, seed=1).batches(), 20))  # nearly 3 epochs
     for step in (1, 3, 9, 14):
         rest = list(itertools.islice(ShardLoader(scene_data, "train", 7, seed=1).batches(step), 20 - step))
@@ -180,7 +180,7 @@ def test_a_resumed_loader_goes_on_with_the_same_samples(scene_data: Path) -> Non
         assert all(torch.equal(a.images, b.images) for a, b in zip(rest, whole[step:], strict=True))
 
 
-def test_what_is_skipped_is_not_read(scene_data: Path) -> None:
+def test_skipped_samples_are_not_read(scene_data: Path) -> None:
     order = [key[:5] for key in keys(ShardLoader(scene_data, "train", 10).batches(), 5)]
     (scene_data / "train" / f"{order[0]}.tar").unlink()
     step = next(i for i in range(5) if order[0] not in order[i * 10 : i * 10 + 10])
@@ -189,7 +189,7 @@ def test_what_is_skipped_is_not_read(scene_data: Path) -> None:
         next(ShardLoader(scene_data, "train", 10).batches())
 
 
-def test_processes_share_the_global_batch(scene_data: Path) -> None:
+def test_ranks_share_the_global_batch(scene_data: Path) -> None:
     alone = keys(ShardLoader(scene_data, "train", 8).batches(3), 6)
     ranks = [ShardLoader(scene_data, "train", 8, rank=r, world_size=4).batches(3) for r in range(4)]
     assert [key for _ in range(6) for rank in ranks for key in next(rank).keys] == alone

@@ -198,7 +198,7 @@ def test_a_table_that_disagrees_is_named(scene_data: Path) -> None:
     assert not {name for split, name in found if split == "train"}
 
 
-def test_limits_of_the_gate_are_the_configuration(scene_data: Path) -> None:
+def test_the_configuration_sets_the_bounds_of_the_gate(scene_data: Path) -> None:
     poison(scene_data, "train", duplicate)
     poison(scene_data, "validation", set_caption(None))
     loose = GATE.model_copy(update={"max_duplicate_share": 0.02, "captions_required": False})

@@ -36,7 +36,7 @@ def test_all_items_in_their_order_to_the_end(device: torch.device) -> None:
     assert (threading.get_ident() in source.threads) == (device.type == "cpu")
 
 
-def test_a_few_ahead_and_no_more() -> None:
+def test_at_most_two_items_are_fetched_ahead() -> None:
     source = _Source()
     items = prefetched(iter(source), GPU)
     assert [next(items) for _ in range(5)] == [0, 1, 2, 3, 4]

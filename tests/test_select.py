@@ -48,7 +48,7 @@ def listed(output: Path, *names: str) -> pd.DataFrame:
     return pd.concat(pd.read_parquet(path) for name in names for path in sorted((output / name).glob("*.parquet")))
 
 
-def test_the_paper_s_bounds_to_the_edge(tmp_path: Path) -> None:
+def test_the_papers_bounds_are_exact(tmp_path: Path) -> None:
     cases = [  # width, height, watermark, the reason
         (513, 513, 0.49, None), (512, 2000, 0.1, "too_small"), (1026, 513, 0.0, None), (1027, 513, 0.0, "aspect"),
         (513, 1026, 0.0, None), (513, 1027, 0.0, "aspect"), (600, 600, 0.5, "watermark"),

@@ -117,7 +117,7 @@ def test_the_gate_stops_captions_that_the_language_model_cannot_hold(scene_data:
     assert expectations.validate(scene_data, loose, ["train"], shipped()).success
 
 
-def test_few_captions_that_are_not_held_are_let_pass(scene_data: Path) -> None:
+def test_a_few_captions_that_are_not_held_pass(scene_data: Path) -> None:
     def edit(records: list[Record]) -> None:
         for i in (3, 9):  # 2 of 50: 4 %
             records[i] = replace(records[i], caption=ORDINARY[0])

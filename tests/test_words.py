@@ -75,7 +75,7 @@ def test_the_import_says_what_does_not_fit_and_which_profile_does(
     assert not verdict["success"] and held["captions_held"] == 0 < held["captions"] and held["unknown"]["in"] > 0
 
 
-def test_the_profile_that_fits_imports_in_silence_and_passes(
+def test_a_fitting_profile_imports_without_a_warning_and_passes(
     project: Paths, capsys: pytest.CaptureFixture[str]
 ) -> None:
     config.use(project, "mine")
@@ -86,7 +86,7 @@ def test_the_profile_that_fits_imports_in_silence_and_passes(
     assert verdict.success and verdict.vocabulary["train"].unknown == {}
 
 
-def test_a_language_model_that_is_not_here_is_said_to_be_unseen(
+def test_a_language_model_that_is_not_on_this_machine_is_reported(
     project: Paths, capsys: pytest.CaptureFixture[str]
 ) -> None:
     raw = yaml.safe_load(project.params.read_text())
