@@ -393,7 +393,7 @@ def test_import_refuses_without_touching_the_data(scene_data: Path, tmp_path: Pa
     words = tmp_path / "words.doc"
     words.write_bytes(io.BytesIO(b"no image set").getvalue())
     for source, message in (
-        (empty, "none of 1 images"), (scene_data / "train", "in one another"), (tmp_path / "no", "There is no"),
+        (empty, "none of 1 images"), (scene_data / "train", "overlap"), (tmp_path / "no", "There is no"),
         (words, "--format"),
     ):  # fmt: skip
         with pytest.raises(DataError, match=message):
