@@ -1,4 +1,4 @@
-"""Small sets of images in every form that `vlv data import` reads, all with the same pictures and captions."""
+"""Small sets of images in every format that `vlv data import` reads; all have the same pictures and captions."""
 
 import csv
 import gzip

@@ -1,4 +1,4 @@
-"""`vlv data caption` against a real server that is slow, fails, limits, cuts off, talks nonsense and refuses."""
+"""`vlv data caption` against a real server that is slow, fails, limits, cuts answers, sends nonsense and refuses."""
 
 import json
 import os
@@ -110,7 +110,7 @@ def test_all_threads_wait_after_a_retry_after(tmp_path: Path) -> None:
         told = next(at for at, what in server.times if what.startswith("429"))
     assert report.counts == {"caption": 12}
     assert server.most_at_once == 4
-    # what was under way when the answer came (20 ms later) is not at fault
+    # requests that were in progress when the answer came (20 ms later) are allowed
     assert not [at for at, _ in server.times if told + 0.1 < at < told + 0.5]
     with ModelServer({0: ["429:7200"]}) as server, pytest.raises(EndpointError, match="asks to wait 7200 s"):
         caption(source, tmp_path / "other", server)

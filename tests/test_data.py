@@ -154,7 +154,7 @@ def record(name: str, seed: int, caption: str | None = "A caption of a few words
 
 
 def rewrite(data: Path, split: str, records: list[writer.Record], shard_size: int = 20) -> None:
-    """Write a split anew with a manifest that agrees."""
+    """Write a split again, with a manifest that agrees."""
     manifest = shards.read_manifest(data)
     entry = writer.write_split(data / split, records, shard_size)
     writer.write_manifest(data, manifest.model_copy(update={"splits": {**manifest.splits, split: entry}}))

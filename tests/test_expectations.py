@@ -1,4 +1,4 @@
-"""Poisoned data: each poison makes the verdict fail by the right expectation, naming what and where."""
+"""Damaged data fails the right expectation, and the verdict names what failed and where."""
 
 import shutil
 import tarfile
@@ -37,7 +37,7 @@ def records_of(data: Path, split: str) -> list[Record]:
 
 
 def poison(data: Path, split: str, edit: Edit) -> None:
-    """Edit a split's samples and write shards, table and manifest anew, so that all of them agree."""
+    """Edit a split's samples and write shards, table and manifest again, so that all of them agree."""
     records = records_of(data, split)
     edit(records)
     shutil.rmtree(data / split)

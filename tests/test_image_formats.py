@@ -1,4 +1,4 @@
-"""`images.decode` opens a short list of formats, starts no program, and has one error for every damage."""
+"""`images.decode` opens a short list of formats, starts no program, and raises one kind of error for any damage."""
 
 import functools
 import io

@@ -1,4 +1,4 @@
-"""`vlv data import`: every format gives the same samples, in flat memory, and a kill changes nothing."""
+"""`vlv data import`: all formats give the same samples, memory does not grow, and a kill changes no byte."""
 
 import io
 import json

@@ -1,4 +1,4 @@
-"""One bad sample never stops an import: it costs itself, by name, and the rest is what it would be without it."""
+"""A bad sample never stops an import: it is dropped with a reason, and the other samples do not change."""
 
 import io
 import json

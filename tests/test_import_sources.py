@@ -1,4 +1,4 @@
-"""What a source says about its images: where captions come from, and a question where none are found."""
+"""What a source says about its images: where captions come from, and that the import stops if none are found."""
 
 import io
 import json

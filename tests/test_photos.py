@@ -1,4 +1,4 @@
-"""Own photographs: from a folder of pictures with sentences to registered models, with no edit by hand."""
+"""Your own photographs: from a folder of pictures and sentences to registered models, without an edit by hand."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""Items fetched ahead are the same items, and an error comes in its turn."""
+"""Prefetching keeps the items and their order, and an error comes at its place."""
 
 import itertools
 import threading

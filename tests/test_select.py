@@ -1,4 +1,4 @@
-"""`vlv data select`: the paper's bounds, counted; subsets that lie within one another; flat memory."""
+"""`vlv data select`: the paper's bounds with counts, nested subsets, and memory that does not grow."""
 
 import json
 import shlex

@@ -1,4 +1,4 @@
-"""Words that the language model cannot hold are counted, named, and stop the run."""
+"""Words that the tokenizer does not hold are counted and named, and they stop the run."""
 
 from collections.abc import Callable
 from dataclasses import replace

@@ -1,4 +1,4 @@
-"""Captions that do not fit the language model are told at the import, and stop the run, with the profile that fits."""
+"""If captions do not fit the language model, the import warns, the run stops, and both name a profile that fits."""
 
 import re
 from pathlib import Path

@@ -2,7 +2,7 @@
 
 A training that is resumed at some step therefore sees exactly the samples that it would have seen, and the loader
 neither reads nor decodes the samples before that step. The order goes through one shard after the other. Each epoch
-shuffles the shards anew, and the samples within each shard.
+shuffles the shards, and the samples within each shard, in a new order.
 
 With a `Grouping`, the samples of a window of steps change places among themselves, so that the samples of one step have
 similar lengths. That order is a function of the seed and the window.

@@ -89,7 +89,7 @@ def scan_shard(path: Path) -> Iterator[Sample]:
     webdataset.utils.enforce_security = True  # otherwise a name such as "pipe:..." would run a shell
     last = "the start"
     try:
-        # Our own stream, so that no file name is ever taken for a URL or a pattern.
+        # We open the file ourselves, so that webdataset never reads a file name as a URL or a pattern.
         with path.open("rb") as stream:
             source = [{"url": str(path), "stream": stream}]
             members = webdataset.tariterators.tar_file_expander(source)

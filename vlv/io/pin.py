@@ -1,4 +1,4 @@
-"""data.dvc, the data's pin: read here, compared with data/, and written anew where the data is meant to change.
+"""data.dvc, the data's pin: reads it, compares it with data/, and writes it again when the data is meant to change.
 
 `dvc repro` takes changed data silently and rewrites data.dvc, so the comparison comes first and must not write. DVC's
 hash of a folder is the md5 of a JSON list of its files (dvc_data.hashfile.tree.Tree.as_bytes); a test holds ours

@@ -1,6 +1,6 @@
 """A client of the captioning API: asks one question about an image until it is answered or cannot be.
 
-The API is OpenAI's chat completions, which hosted models and one's own vLLM offer. An answer is a caption, or something
+The API is OpenAI's chat completions, which hosted models and your own vLLM offer. An answer is a caption, or something
 that must not become one: a refusal, nothing, or half a sentence.
 """
 

@@ -132,7 +132,7 @@ def files_hash(paths: Iterable[Path]) -> str:
 
 
 def database(folder: Path, name: str, table: str) -> sqlite3.Connection:
-    """An empty SQLite database on disk, for a list that may be too long for memory. Each process makes it anew.
+    """A new, empty SQLite database on disk, for a list that may be too long for memory.
 
     Args:
         folder, name: the file is `folder`/`name`.sqlite.
