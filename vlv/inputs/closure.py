@@ -8,14 +8,18 @@ training. What decides no number is left out before hashing: comments, docstring
 Not seen are names that are put together while the program runs. The package has two such places, the stages and the
 kinds of decoders, and their modules are given as roots. tests/test_closure.py runs every stage and holds the
 functions that were really called to the ones found here.
+
+A kind of decoder may lie outside the package. Then the names in it are followed within its own package too.
 """
 
 import ast
 import copy
 import functools
 import hashlib
+import importlib.util
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from importlib.machinery import PathFinder
 from pathlib import Path
 
 from vlv.io import files
@@ -133,6 +137,21 @@ class Sources:
         """As `reached`, the symbols themselves."""
         return _Walk(self).run([Symbol.parse(root) for root in roots])
 
+    def everything(self, module: str) -> list[str]:
+        """All definitions of a module, as roots.
+
+        Raises:
+            KeyError: there is no such module.
+        """
+        parsed = self.module(module)
+        if parsed is None:
+            raise KeyError(f"there is no module {module}")
+        found = [f"{module}:"]
+        for name, nodes in parsed.definitions.items():
+            found.append(f"{module}:{name}")
+            found += [f"{module}:{name}.{method.name}" for node in nodes for method in methods(node)]
+        return found
+
     def _hash(self, symbols: list[Symbol]) -> str:
         digest = hashlib.sha256()
         for symbol in symbols:
@@ -151,7 +170,7 @@ class Sources:
     def _file(self, name: str) -> Path | None:
         first, *rest = name.split(".")
         if first != "vlv":
-            return None
+            return source_file(name)
         base = self._package.joinpath(*rest)
         return next((p for p in (base / "__init__.py", base.with_suffix(".py")) if rest and p.is_file()), None)
 
@@ -288,8 +307,10 @@ class _Walk:
         self._todo: list[Symbol] = []
         self._used: set[str] = set()  # names after a dot, in reached code
         self._waiting: dict[str, set[Symbol]] = {}  # method name -> methods of reached classes, not reached yet
+        self._packages = {"vlv"}  # whose names are followed
 
     def run(self, roots: list[Symbol]) -> set[Symbol]:
+        self._packages |= {root.module.partition(".")[0] for root in roots}
         for root in roots:
             self._sources.nodes(root)  # raises where there is none
             self._reach(root)
@@ -331,7 +352,7 @@ class _Walk:
     def _dotted(self, dotted: str) -> None:
         """Reach what an imported name stands for, through modules that only pass it on."""
         parent, _, name = dotted.rpartition(".")
-        if dotted.startswith(NEUTRAL) or not dotted.startswith("vlv."):
+        if dotted.startswith(NEUTRAL) or not self._followed(dotted):
             return
         module = self._sources.module(parent)
         if module is not None and name in module.definitions:
@@ -341,6 +362,10 @@ class _Walk:
             self._dotted(module.imports[name])
         elif self._sources.module(dotted) is not None:
             self._reach(Symbol(dotted, ""))  # a module; its members are reached where they are named
+
+    def _followed(self, dotted: str) -> bool:
+        package, dot, _ = dotted.partition(".")
+        return package in self._packages and bool(dot)
 
     def _class(self, owner: Symbol, node: ast.ClassDef, module: _Module) -> None:
         """Let the methods of a reached class wait for their names, or reach those that something else may call."""
@@ -361,8 +386,21 @@ class _Walk:
         bare = base.value if isinstance(base, ast.Subscript) else base
         name = ast.unparse(bare)
         first = name.partition(".")[0]
-        own = first in module.definitions or module.imports.get(first, "").startswith("vlv.")
+        own = first in module.definitions or self._followed(module.imports.get(first, ""))
         return own or name in _PLAIN_BASES or name.endswith(("Error", "Exception"))
+
+
+def source_file(module: str) -> Path | None:
+    """Where the source of a module lies, found without running any of it; None if there is none."""
+    first, *rest = module.split(".")
+    spec = importlib.util.find_spec(first)
+    name = first
+    for part in rest:
+        if spec is None:
+            return None
+        name = f"{name}.{part}"
+        spec = PathFinder.find_spec(name, list(spec.submodule_search_locations or []))
+    return Path(spec.origin) if spec is not None and spec.origin and spec.origin.endswith(".py") else None
 
 
 @functools.cache

@@ -13,12 +13,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from vlv.config import Config, Generation, Paths
 from vlv.dropout import Masks
 from vlv.io import images
-from vlv.models import adapters
-from vlv.models import build as pretrained
-from vlv.models import saved as folders
+from vlv.models import build, language_model, saved
 from vlv.models.autoencoder import build_encoder
-from vlv.models.cleaning import clean_up
-from vlv.models.conditioners.base import Conditioner
+from vlv.models.decoders.base import Conditioner
 from vlv.models.encoder import CaptionEncoder, Learn
 
 KIND = "captioner"
@@ -54,30 +51,30 @@ class Prefix(nn.Module):
     """
 
     mean: torch.Tensor
-    spread: torch.Tensor
+    std: torch.Tensor
 
     def __init__(self, queries: int, inputs: int, hidden: int, outputs: int, *, positions: bool = True) -> None:
         super().__init__()
         self.layers = nn.Sequential(nn.Linear(inputs, hidden), nn.GELU(), nn.Linear(hidden, outputs))
         self.positions = nn.Parameter(torch.randn(1, queries, outputs) * 0.02) if positions else None
         self.register_buffer("mean", torch.zeros(queries, inputs))
-        self.register_buffer("spread", torch.ones(queries, inputs))
+        self.register_buffer("std", torch.ones(queries, inputs))
 
     @property
     def device(self) -> torch.device:
         return self.mean.device
 
-    def standardise(self, mean: torch.Tensor, spread: torch.Tensor) -> None:
+    def standardise(self, mean: torch.Tensor, std: torch.Tensor) -> None:
         """Measure the context against its statistics (Q, C) from now on.
 
         Most of a context is the same for all images; what tells them apart is small beside it, and a prefix that
         sees both at their own scale learns the small part late.
         """
         self.mean.copy_(mean)
-        self.spread.copy_(spread.clamp_min(1e-2))
+        self.std.copy_(std.clamp_min(1e-2))
 
     def forward(self, context: torch.Tensor) -> torch.Tensor:
-        projected: torch.Tensor = self.layers((context - self.mean) / self.spread)
+        projected: torch.Tensor = self.layers((context - self.mean) / self.std)
         return projected if self.positions is None else projected + self.positions
 
 
@@ -130,7 +127,7 @@ class Captioner(nn.Module):
         if learn in ("mlp+llm", "mlp+llm+encoder"):
             self.language_model.requires_grad_(True)
         elif learn == "mlp+lora":
-            adapters.set_learning(self.language_model)
+            language_model.train_adapters(self.language_model)
 
     def choose(self, settings: Config) -> None:
         """What learns in Stage 2, as configured."""
@@ -203,7 +200,7 @@ class Captioner(nn.Module):
             pad_token_id=self.tokenizer.pad_token_id or self.tokenizer.eos_token_id,
         )
         texts: list[str] = self.tokenizer.batch_decode(written, skip_special_tokens=True)
-        return [clean_up(text) if how.clean_up else text.strip() for text in texts]
+        return [language_model.clean_up(text) if how.clean_up else text.strip() for text in texts]
 
     def caption(self, pictures: Sequence[images.Pixels], batch_size: int = 50) -> list[str]:
         """Caption pictures, (H, W, 3) uint8 of any size; they come to the vision tower as in training."""
@@ -215,43 +212,44 @@ class Captioner(nn.Module):
 
     def save(self, folder: Path, settings: Config, paths: Paths, card: str) -> None:
         """Write what both stages trained and the names of the frozen parts."""
-        folders.save(folder, KIND, settings, paths, PARTS, self.trained(settings), card)
+        saved.save(folder, KIND, settings, paths, PARTS, self.trained(settings), card)
 
     def trained(self, settings: Config) -> dict[str, torch.Tensor]:
         """Tensors, by name, that Stage 1 or Stage 2 changed: what a saved captioner holds."""
         self.encoder.set_learning(settings.stage1.learn)
         by_stage_1 = {f"encoder.{n}": p for n, p in self.encoder.named_parameters() if p.requires_grad}
         self.choose(settings)
-        statistics = {"prefix.mean": self.prefix.mean, "prefix.spread": self.prefix.spread}
+        statistics = {"prefix.mean": self.prefix.mean, "prefix.std": self.prefix.std}
         return by_stage_1 | {n: p for n, p in self.named_parameters() if p.requires_grad} | statistics
 
     @staticmethod
     def build(settings: Config, paths: Paths) -> "Captioner":
         """Pretrained parts, a new encoder side and a new prefix, seeded by stage2.seed."""
         torch.manual_seed(settings.stage2.seed)
-        conditioner = pretrained.conditioner(settings.decoder, paths)
+        conditioner = build.conditioner(settings.decoder, paths)
         encoder = build_encoder(settings, conditioner.width, paths)
-        language_model, tokenizer = pretrained.language_model(settings.language_model, paths)
-        width = language_model.get_input_embeddings().weight.shape[1]
         section = settings.language_model
+        writer = language_model.build(section, paths)
+        width = writer.get_input_embeddings().weight.shape[1]
         queries = settings.encoder.queries
         prefix = Prefix(queries, conditioner.width, section.prefix_width, width, positions=section.prefix_positions)
+        words = language_model.tokenizer(section, paths)
         tokens = settings.stage2.max_caption_tokens
         if settings.stage2.learn == "mlp+lora":
-            adapters.insert(language_model, settings.stage2.lora)
-        captioner = Captioner(encoder, conditioner, prefix, language_model, tokenizer, section.generation, tokens)
+            language_model.insert_adapters(writer, settings.stage2.lora)
+        captioner = Captioner(encoder, conditioner, prefix, writer, words, section.generation, tokens)
         captioner.choose(settings)
         return captioner
 
     @staticmethod
     def load(folder: Path, paths: Paths | None = None) -> "Captioner":
-        """Strictly, from a folder that `save` or `folders.bundle` wrote.
+        """Strictly, from a folder that `save` or `saved.bundle` wrote.
 
         Raises:
             ModelFolderError: another kind of folder, other keys, or other pretrained parts.
         """
-        saved = folders.read(folder, KIND)
-        root = folders.parts_root(folder, saved, paths or Paths(folder))
-        model = Captioner.build(saved.config, root)
-        folders.restore(model, set(model.trained(saved.config)), folder)
+        found = saved.read(folder, KIND)
+        root = saved.parts_root(folder, found, paths or Paths(folder))
+        model = Captioner.build(found.config, root)
+        saved.restore(model, set(model.trained(found.config)), folder)
         return model.requires_grad_(False).eval()

@@ -23,8 +23,8 @@ class Projection(nn.Module):
     """Linear-GELU-Linear from Florence-2's width to the text side's; optionally started on the text side.
 
     Args:
-        statistics: per-position mean and spread, each (Q, W), of what the text side takes. The projection's
-            output is then normalised and starts as `mean + gain * spread * normalised`, both learned on. From
+        statistics: per-position mean and std, each (Q, W), of what the text side takes. The projection's
+            output is then normalised and starts as `mean + gain * std * normalised`, both learned on. From
             anywhere else the frozen decoder ignores the embeddings at first, and training sits on a plateau.
     """
 
@@ -40,9 +40,9 @@ class Projection(nn.Module):
         self.layers = nn.Sequential(nn.Linear(inputs, hidden), nn.GELU(), nn.Linear(hidden, outputs))
         self.normalise = statistics is not None
         if statistics is not None:
-            mean, spread = statistics
+            mean, std = statistics
             self.mean = nn.Parameter(mean.detach().clone().float())
-            self.spread = nn.Parameter(spread.detach().clone().float() * gain)
+            self.std = nn.Parameter(std.detach().clone().float() * gain)
 
     def forward(self, states: torch.Tensor) -> torch.Tensor:
         """(B, Q, inputs) -> (B, Q, outputs)."""
@@ -50,7 +50,7 @@ class Projection(nn.Module):
         if not self.normalise:
             return projected
         normalised = F.layer_norm(projected.float(), projected.shape[-1:])
-        return self.mean + self.spread * normalised
+        return self.mean + self.std * normalised
 
 
 class CaptionEncoder(nn.Module):

@@ -17,6 +17,7 @@ from torch import nn
 from typing_extensions import TypedDict  # pydantic takes typing's own from Python 3.12 on
 
 from vlv.config import Config, Paths
+from vlv.inputs import closure
 from vlv.io import assets, files
 
 # Sections that say where and how a training ran, and nothing about the model: without them the same model is the same
@@ -69,7 +70,7 @@ def save(
         files.write_json(
             temporary / CONFIG,
             {
-                "format": f"vlv-{kind}-1",
+                "format": _format(kind),
                 "config": config.model_dump(mode="json", by_alias=True, exclude=_MACHINE),
                 "parts": described,
             },
@@ -87,16 +88,36 @@ def read(folder: Path, kind: str) -> Saved:
     if not path.exists():
         raise ModelFolderError(f"{folder} is no {kind}: it has no {CONFIG}. Train one with: dvc repro")
     value = files.read_json_object(path)
-    if value.get("format") != f"vlv-{kind}-1":
-        raise ModelFolderError(f"{folder} holds {value.get('format', 'something else')!r}, not a vlv-{kind}-1")
+    if value.get("format") != _format(kind):
+        raise ModelFolderError(f"{folder} holds {value.get('format', 'something else')!r}, not a {_format(kind)}")
     try:
         parts = TypeAdapter(dict[str, Part]).validate_python(value.get("parts"))
-        return Saved(kind, Config.model_validate(value.get("config")), parts)
+        found = Saved(kind, Config.model_validate(value.get("config")), parts)
     except ValidationError as error:
         first = error.errors()[0]
         raise ModelFolderError(
             f"{path} is damaged ({'.'.join(map(str, first['loc']))}: {first['msg']}). Restore it, or train again."
         ) from error
+    _refuse_code_inside(folder, found.config.decoder.module)
+    return found
+
+
+def _format(kind: str) -> str:
+    return f"vlv-{kind}-2"  # 1 had other names for some tensors and settings
+
+
+def _refuse_code_inside(folder: Path, module: str) -> None:
+    """A model folder is data: loading it runs no code that came with it.
+
+    Raises:
+        ModelFolderError: its kind of decoder is a module that lies in the folder itself.
+    """
+    source = closure.source_file(module)
+    if source is not None and source.resolve().is_relative_to(folder.resolve()):
+        raise ModelFolderError(
+            f"{folder} names code of its own as its kind of decoder ({source}), which is never run. If you trust it, "
+            "install it as a package and set decoder.kind to that."
+        )
 
 
 def parts_root(folder: Path, saved: Saved, paths: Paths) -> Paths:
@@ -141,6 +162,14 @@ def restore(module: nn.Module, names: set[str], folder: Path) -> None:
                     f"{folder}: {name} is {tuple(tensor.shape)}, the model's is {tuple(own[name].shape)}"
                 )
             own[name].copy_(tensor)
+
+
+def inference_device() -> torch.device:
+    """Where a loaded model is used: the accelerator (CUDA_VISIBLE_DEVICES says which), else the CPU.
+
+    A training asks accelerate instead, which gives each process a device of its own.
+    """
+    return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
 
 
 def bundle(folder: Path, paths: Paths, target: Path) -> None:
