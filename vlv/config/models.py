@@ -1,8 +1,8 @@
 """The parts: vision encoder, frozen text-to-image decoder, language model."""
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, field_validator
 
 from vlv.config.base import Positive, Section, Weights
 
@@ -79,13 +79,6 @@ class Decoder(Section):
                 f"there is no kind {kind!r}; there are: {', '.join(DECODERS)}, or the dotted name of a module of yours"
             )
         return kind
-
-    @model_validator(mode="before")
-    @classmethod
-    def _renamed(cls, given: Any) -> Any:
-        if isinstance(given, dict) and "use_t5" in given:
-            raise ValueError("use_t5 is now options: {use_t5: true} or {use_t5: false}")
-        return given
 
 
 class Generation(Section):

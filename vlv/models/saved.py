@@ -16,8 +16,9 @@ from pydantic import TypeAdapter, ValidationError
 from torch import nn
 from typing_extensions import TypedDict  # pydantic takes typing's own from Python 3.12 on
 
+from vlv import config
 from vlv.config import Config, Paths
-from vlv.inputs import closure
+from vlv.inputs import source
 from vlv.io import assets, files
 
 # Sections that say where and how a training ran, and nothing about the model: without them the same model is the same
@@ -50,7 +51,7 @@ class Saved:
 def save(
     folder: Path,
     kind: str,
-    config: Config,
+    settings: Config,
     paths: Paths,
     parts: list[str],
     tensors: Mapping[str, torch.Tensor],
@@ -59,7 +60,7 @@ def save(
     """Write a model folder atomically; `parts` are the configuration's sections whose pretrained folder it needs."""
     described = {}
     for name in parts:
-        section = getattr(config, name)
+        section = getattr(settings, name)
         reference = (
             section.pretrained if section.weights == "pretrained" else section.architecture or section.pretrained
         )
@@ -71,7 +72,7 @@ def save(
             temporary / CONFIG,
             {
                 "format": _format(kind),
-                "config": config.model_dump(mode="json", by_alias=True, exclude=_MACHINE),
+                "config": settings.model_dump(mode="json", by_alias=True, exclude=_MACHINE),
                 "parts": described,
             },
         )
@@ -92,7 +93,9 @@ def read(folder: Path, kind: str) -> Saved:
         raise ModelFolderError(f"{folder} holds {value.get('format', 'something else')!r}, not a {_format(kind)}")
     try:
         parts = TypeAdapter(dict[str, Part]).validate_python(value.get("parts"))
-        found = Saved(kind, Config.model_validate(value.get("config")), parts)
+        found = Saved(kind, config.validate(value.get("config"), str(path)), parts)
+    except config.ConfigError as error:
+        raise ModelFolderError(f"{error}\nRestore the file, or train again.") from error
     except ValidationError as error:
         first = error.errors()[0]
         raise ModelFolderError(
@@ -112,10 +115,10 @@ def _refuse_code_inside(folder: Path, module: str) -> None:
     Raises:
         ModelFolderError: its kind of decoder is a module that lies in the folder itself.
     """
-    source = closure.source_file(module)
-    if source is not None and source.resolve().is_relative_to(folder.resolve()):
+    file = source.find(module)
+    if file is not None and file.resolve().is_relative_to(folder.resolve()):
         raise ModelFolderError(
-            f"{folder} names code of its own as its kind of decoder ({source}), which is never run. If you trust it, "
+            f"{folder} names code of its own as its kind of decoder ({file}), which is never run. If you trust it, "
             "install it as a package and set decoder.kind to that."
         )
 
@@ -179,7 +182,7 @@ def bundle(folder: Path, paths: Paths, target: Path) -> None:
     for part in value["parts"].values():
         if part["reference"].startswith("hf:"):
             continue  # fetched by its revision and checked by its hash on first use
-        source = assets.resolve(part["reference"], paths)
+        original = assets.resolve(part["reference"], paths)
         copied = target / PARTS / part["reference"]
         if not copied.exists():
-            shutil.copytree(source, copied)
+            shutil.copytree(original, copied)

@@ -35,14 +35,12 @@ def decoder_code(section: config.Decoder) -> list[str]:
     Raises:
         ConfigError: there is no such module.
     """
-    module, sources = section.module, closure.sources()
-    if sources.module(module) is None:
+    module = section.module
+    if not (everything := closure.definitions(module)):
         raise config.ConfigError(
             f"decoder.kind: there is no module {module}. Install it, or start Python in the folder that holds it."
         )
-    if not module.startswith("vlv."):
-        return sources.everything(module)
-    return [f"{module}:build_conditioner", f"{module}:build"]
+    return [f"{module}:build_conditioner", f"{module}:build"] if module.startswith("vlv.") else everything
 
 
 def roots(stage: str, settings: Config) -> list[str]:
@@ -61,7 +59,7 @@ def inputs(stage: str, settings: Config, paths: Paths) -> dict[str, Any]:
     """
     dump = settings.model_dump(mode="json", by_alias=True)
     return {
-        "code": closure.sources().reached(roots(stage, settings)),
+        "code": closure.hashes(roots(stage, settings)),
         "settings": {key: _setting(dump, key) for key in SETTINGS[stage]},
         "parts": _parts(stage, settings, paths),
     }
