@@ -9,7 +9,6 @@ import hashlib
 import importlib.util
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from importlib.machinery import PathFinder
 from pathlib import Path
 
 from vlv.io import files
@@ -143,14 +142,14 @@ class Sources:
 
 def find(module: str) -> Path | None:
     """The file of a module outside this package, found without running any code of it; None if there is none."""
-    name, *rest = module.split(".")
-    spec = importlib.util.find_spec(name)
-    for part in rest:
-        if spec is None:
-            return None
-        name = f"{name}.{part}"
-        spec = PathFinder.find_spec(name, list(spec.submodule_search_locations or []))
-    return Path(spec.origin) if spec is not None and spec.origin and spec.origin.endswith(".py") else None
+    first, *rest = module.split(".")
+    spec = importlib.util.find_spec(first)  # of a whole module's name it would import the packages on the way
+    if spec is None:
+        return None
+    if not rest:
+        return Path(spec.origin) if spec.origin and spec.origin.endswith(".py") else None
+    bases = [Path(folder).joinpath(*rest) for folder in spec.submodule_search_locations or []]
+    return next((p for base in bases for p in (base / "__init__.py", base.with_suffix(".py")) if p.is_file()), None)
 
 
 def names_of(module: Module) -> Iterator[str]:

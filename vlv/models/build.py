@@ -63,8 +63,8 @@ def building(what: str, folder: Path, weights: config.Weights) -> Iterator[None]
             torch.manual_seed(_RANDOM_SEED)
         try:
             yield
-        except PretrainedError:
-            raise  # of a part of this part: it names the right folder
+        except (PretrainedError, ConfigError):
+            raise  # of a part of this part, or of a setting: it says where already
         except Exception as error:  # of a damaged folder the libraries raise errors of any kind
             first = (str(error).strip() or type(error).__name__).split("\n")[0]
             if "trust_remote_code" in str(error):
