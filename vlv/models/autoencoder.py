@@ -23,12 +23,12 @@ PARTS = ["encoder", "decoder"]
 
 @dataclass(frozen=True)
 class Stage1Batch:
-    """What Stage 1 needs of B images, in one of two forms each.
+    """What Stage 1 needs of B images: pixels, or what the frozen parts made of them.
 
     Attributes:
         images: (B, 3, H, W) uint8; None where features and latents are cached.
-        features: vision tower's (B, T, D), if cached.
-        latent_mean, latent_std: the VAE's (B, c, h, w), if cached.
+        features: (B, T, D) of the vision tower, if cached.
+        latent_mean, latent_std: (B, c, h, w) of the VAE, if cached.
     """
 
     images: torch.Tensor | None
@@ -46,7 +46,7 @@ class Autoencoder(nn.Module):
     """Encoder and frozen decoder; its forward is the Stage 1 loss.
 
     Args:
-        settings: how the loss is drawn; None for a model that only reconstructs.
+        settings: those of Stage 1, for the loss; None for a model that only reconstructs.
     """
 
     def __init__(self, encoder: CaptionEncoder, decoder: Decoder[Any], settings: config.Stage1 | None = None) -> None:
@@ -98,9 +98,9 @@ class Autoencoder(nn.Module):
         seed: int = 42,
         batch_size: int = 50,
     ) -> list[images.Pixels]:
-        """Draw pictures (H, W, 3) uint8 of any size anew from their embeddings, as (S, S, 3) uint8.
+        """Reconstruct pictures (H, W, 3) uint8 of any size from their embeddings, as (S, S, 3) uint8.
 
-        Picture i has seed `seed + i`, so that a picture's result does not depend on the batch size.
+        Picture i has the seed `seed + i`, so that a result does not depend on the batch size.
         """
         result: list[images.Pixels] = []
         for i in range(0, len(pictures), batch_size):
@@ -126,7 +126,7 @@ class Autoencoder(nn.Module):
 
     @staticmethod
     def load(folder: Path, paths: Paths | None = None) -> "Autoencoder":
-        """Strictly, from a folder that `save` or `saved.bundle` wrote.
+        """Load strictly from a folder that `save` or `saved.bundle` wrote.
 
         Raises:
             ModelFolderError: another kind of folder, other keys, or other pretrained parts.
@@ -140,7 +140,7 @@ class Autoencoder(nn.Module):
 
 
 def build_encoder(settings: Config, width: int, paths: Paths) -> CaptionEncoder:
-    """The encoder with new queries and projection, started on the text side where the configuration says so."""
+    """The encoder with new queries and a new projection, which may start on the text side, as configured."""
     statistics = None
     if settings.encoder.start_on_text_side:
         statistics = build.text_statistics(settings.decoder, paths, settings.encoder.queries)

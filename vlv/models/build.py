@@ -32,7 +32,7 @@ from vlv.io.preprocessing import Preprocessing
 from vlv.models.decoders.base import Conditioner, Decoder
 from vlv.models.encoder import CaptionEncoder, Projection, processor_statistics, tokenize_prompt
 
-logging.disable_progress_bar()  # parts load in a moment here; a bar for each only hides what takes long
+logging.disable_progress_bar()  # parts load in moments; a bar for each would hide what takes long
 
 # What the text side takes at its input ("embedding") and gives at its output ("context"): mean and std of each
 # position, each (T, W). It is shipped with a text-to-image model and made from text alone.
@@ -45,7 +45,7 @@ class PretrainedError(RuntimeError):
 
 
 def folder_of(section: config.Encoder | config.Decoder | config.LanguageModel, paths: Paths) -> Path:
-    """Where the part lies; with random weights the folder that describes its architecture is enough."""
+    """The part's folder. With random weights it is the folder of the architecture, where the section names one."""
     if section.weights == "random" and section.architecture:
         return assets.resolve(section.architecture, paths)
     return assets.resolve(section.pretrained, paths)
@@ -53,7 +53,7 @@ def folder_of(section: config.Encoder | config.Decoder | config.LanguageModel, p
 
 @contextmanager
 def building(what: str, folder: Path, weights: config.Weights) -> Iterator[None]:
-    """Around the making of a part: seeded where its weights are random.
+    """Wrap the building of a part: seed torch where its weights are random, and name the part in errors.
 
     Raises:
         PretrainedError: the part cannot be built; `what` and `folder` say which one.
@@ -64,8 +64,8 @@ def building(what: str, folder: Path, weights: config.Weights) -> Iterator[None]
         try:
             yield
         except (PretrainedError, ConfigError):
-            raise  # of a part of this part, or of a setting: it says where already
-        except Exception as error:  # of a damaged folder the libraries raise errors of any kind
+            raise  # it names the inner part or the setting already
+        except Exception as error:  # the libraries raise errors of any kind for a damaged folder
             first = (str(error).strip() or type(error).__name__).split("\n")[0]
             if "trust_remote_code" in str(error):
                 first = (
@@ -98,15 +98,15 @@ def noise_schedule(cls: Any, folder: Path) -> Any:
 
 def attention() -> str:
     """The attention implementation that transformers is asked for."""
-    # On a CPU the flash kernel's backward for small heads costs more than the plain products.
+    # On a CPU the backward pass of the flash kernel costs more than plain products where heads are small.
     return "sdpa" if torch.cuda.is_available() else "eager"
 
 
 def tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     """The tokenizer in `folder`."""
     with building("tokenizer", folder, "pretrained"):
-        # tokenizer.json says all; AutoTokenizer would go by the model type beside it and, for a Qwen2 with
-        # words of its own, quietly build another tokenizer from the same file.
+        # tokenizer.json describes the whole tokenizer. AutoTokenizer goes by the model type in config.json instead:
+        # for a Qwen2 with another vocabulary it builds a wrong tokenizer from the same file, without a warning.
         whole = (folder / "tokenizer.json").exists()
         kind = PreTrainedTokenizerFast if whole else AutoTokenizer
         loaded: PreTrainedTokenizerBase = kind.from_pretrained(folder, trust_remote_code=False)
@@ -124,8 +124,8 @@ def text_encoder(cls: Any, settings_cls: Any, folder: Path, name: str, weights: 
         if weights == "random":
             settings = settings_cls.from_pretrained(folder / name, trust_remote_code=False)
             settings._attn_implementation = attention()
-            # A configuration also carries the dtype its weights were shipped in: without `float` new weights would
-            # be made in half precision.
+            # The configuration names the dtype of the shipped weights. Without `float` new weights would be half
+            # precision too.
             return cls(settings).float().eval()
         return cls.from_pretrained(
             folder / name,
@@ -238,7 +238,7 @@ def encoder(
 ) -> CaptionEncoder:
     """Florence-2 with new queries and a new projection to `width`; uses torch's global RNG."""
     folder = folder_of(section, paths)
-    kernel = "eager" if section.dropout else attention()  # a fused kernel draws its own masks
+    kernel = "eager" if section.dropout else attention()  # a fused kernel makes its own dropout masks
     with building("encoder", folder, section.weights):
         if section.weights == "random":
             settings = Florence2Config.from_pretrained(folder, trust_remote_code=False)

@@ -21,7 +21,7 @@ from vlv.models.encoder import CaptionEncoder, Learn
 KIND = "captioner"
 PARTS = ["encoder", "decoder", "language_model"]
 
-IGNORED = -100  # label of positions without loss, as torch and transformers have it
+IGNORED = -100  # the label of positions without loss in torch and transformers
 
 
 @dataclass(frozen=True)
@@ -65,10 +65,10 @@ class Prefix(nn.Module):
         return self.mean.device
 
     def standardise(self, mean: torch.Tensor, std: torch.Tensor) -> None:
-        """Measure the context against its statistics (Q, C) from now on.
+        """Standardise the context with its mean and std, each (Q, C), from now on.
 
-        Most of a context is the same for all images; what tells them apart is small beside it, and a prefix that
-        sees both at their own scale learns the small part late.
+        Most of a context is the same for all images, and what differs between images is small beside it. Without
+        standardisation the prefix learns the small part late.
         """
         self.mean.copy_(mean)
         self.std.copy_(std.clamp_min(1e-2))
@@ -79,13 +79,13 @@ class Prefix(nn.Module):
 
 
 class Captioner(nn.Module):
-    """Encoder, conditioning and language model. The prefix learns and, by choice, what stands on either side of it.
+    """Encoder, conditioner, prefix and language model. The prefix learns; the parts on either side of it may learn too.
 
     Args:
-        conditioner: the text side of the frozen decoder, on the embeddings' way to the context.
-        tokenizer: None for an architecture alone, which may come without words: it can learn, but not write.
-        generation: how it writes; may be replaced at any time.
-        max_caption_tokens: of a caption, where `generation` names no other maximum.
+        conditioner: the text side of the frozen decoder, which turns caption embeddings into the context.
+        tokenizer: None for an architecture that comes without one: the model can learn, but it cannot write.
+        generation: how it writes; it may be replaced at any time.
+        max_caption_tokens: the longest caption, where `generation` sets no other maximum.
     """
 
     def __init__(
@@ -142,10 +142,10 @@ class Captioner(nn.Module):
         return self.conditioner.states(self.encoder(features, masks).float())
 
     def forward(self, batch: Stage2Batch, generator: torch.Generator) -> torch.Tensor:
-        """Mean cross-entropy of the labelled tokens; draws nothing from `generator`, whose seed decides what an encoder
-        that is computed here drops.
+        """Mean cross-entropy of the labelled tokens. The seed of `generator` decides the dropout of an encoder that is
+        computed here; no numbers are drawn from it.
 
-        Token t is predicted from the prefix and the tokens before it; the first one from the prefix alone.
+        Token t is predicted from the prefix and the tokens before it, the first token from the prefix alone.
         Logits are computed only where there is a label.
         """
         device = self.prefix.device
@@ -170,14 +170,14 @@ class Captioner(nn.Module):
         return self._context(self.encoder.features(batch.images, masks), masks)
 
     def loss_weight(self, batch: Stage2Batch) -> int:
-        """How many tokens the loss of `batch` is a mean over."""
+        """The number of tokens that the loss of `batch` is a mean over."""
         return int((batch.labels != IGNORED).sum())
 
     @torch.no_grad()
     def write(self, context: torch.Tensor | None, count: int = 1) -> list[str]:
-        """Captions for contexts (B, Q, C), as `generation` says: by default greedy, each until its <eos>.
+        """Captions for contexts (B, Q, C), written as `generation` says: by default greedily, each until its <eos>.
 
-        Without a context (None) the language model draws `count` captions alone: the floor without an image.
+        Without a context (None) the language model samples `count` captions alone: a baseline that sees no image.
         """
         how = self.generation
         table = self.language_model.get_input_embeddings()
@@ -195,7 +195,7 @@ class Captioner(nn.Module):
             max_new_tokens=how.max_tokens or self.max_caption_tokens,
             do_sample=context is None,
             num_beams=beams,
-            early_stopping=beams > 1,  # as the release: done once there are as many whole captions as beams
+            early_stopping=beams > 1,  # as in the release: stop once there are as many whole captions as beams
             eos_token_id=end,
             pad_token_id=self.tokenizer.pad_token_id or self.tokenizer.eos_token_id,
         )
@@ -203,7 +203,7 @@ class Captioner(nn.Module):
         return [language_model.clean_up(text) if how.clean_up else text.strip() for text in texts]
 
     def caption(self, pictures: Sequence[images.Pixels], batch_size: int = 50) -> list[str]:
-        """Caption pictures, (H, W, 3) uint8 of any size; they come to the vision tower as in training."""
+        """Caption pictures (H, W, 3) uint8 of any size, preprocessed as in training."""
         result: list[str] = []
         for i in range(0, len(pictures), batch_size):
             squares = self.encoder.preprocessing.cut(pictures[i : i + batch_size])
@@ -211,7 +211,7 @@ class Captioner(nn.Module):
         return result
 
     def save(self, folder: Path, settings: Config, paths: Paths, card: str) -> None:
-        """Write what both stages trained and the names of the frozen parts."""
+        """Write the tensors that both stages trained, and the names of the frozen parts."""
         saved.save(folder, KIND, settings, paths, PARTS, self.trained(settings), card)
 
     def trained(self, settings: Config) -> dict[str, torch.Tensor]:
@@ -243,7 +243,7 @@ class Captioner(nn.Module):
 
     @staticmethod
     def load(folder: Path, paths: Paths | None = None) -> "Captioner":
-        """Strictly, from a folder that `save` or `saved.bundle` wrote.
+        """Load strictly from a folder that `save` or `saved.bundle` wrote.
 
         Raises:
             ModelFolderError: another kind of folder, other keys, or other pretrained parts.

@@ -1,7 +1,7 @@
 """Saved models: a folder with config.json, the trained tensors as safetensors, and a card.
 
-Frozen pretrained parts are not copied but named, each with the hash of its contents. Loading is strict: the
-tensors in the file are exactly those that were trained, the parts exactly those it was trained with.
+Frozen pretrained parts are not copied. The folder names them, each with the hash of its content. Loading is strict: the
+file must hold exactly the tensors that were trained, and the parts must be the ones that the model was trained with.
 """
 
 import shutil
@@ -21,14 +21,14 @@ from vlv.config import Config, Paths
 from vlv.inputs import source
 from vlv.io import assets, files
 
-# Sections that say where and how a training ran, and nothing about the model: without them the same model is the same
-# files on every machine.
+# These sections say where and how a training ran, and nothing about the model. Without them the same model gives the
+# same files on every machine.
 _MACHINE = {"compute", "tracking"}
 CONFIG, WEIGHTS, CARD, PARTS = "config.json", "model.safetensors", "README.md", "parts"
 
 
 class ModelFolderError(RuntimeError):
-    """A folder that is not the saved model it should be; the message names folder, keys and remedy."""
+    """A folder that does not hold the expected model; the message names the folder, the keys and the remedy."""
 
 
 class Part(TypedDict):
@@ -87,7 +87,7 @@ def read(folder: Path, kind: str) -> Saved:
     """
     path = folder / CONFIG
     if not path.exists():
-        raise ModelFolderError(f"{folder} is no {kind}: it has no {CONFIG}. Train one with: dvc repro")
+        raise ModelFolderError(f"{folder} is not a saved {kind}: it has no {CONFIG}. Train one with: dvc repro")
     value = files.read_json_object(path)
     if value.get("format") != _format(kind):
         raise ModelFolderError(f"{folder} holds {value.get('format', 'something else')!r}, not a {_format(kind)}")
@@ -124,7 +124,7 @@ def _refuse_code_inside(folder: Path, module: str) -> None:
 
 
 def parts_root(folder: Path, saved: Saved, paths: Paths) -> Paths:
-    """Where the parts' references resolve: in the folder itself if it carries them, else in the project.
+    """Where the references of the parts lead: to the folder itself if it holds the parts, else to the project.
 
     Raises:
         ModelFolderError: a part is not the one the model was trained with.
@@ -176,7 +176,7 @@ def inference_device() -> torch.device:
 
 
 def bundle(folder: Path, paths: Paths, target: Path) -> None:
-    """Copy a saved model to `target` together with its parts, so that it needs nothing else to load."""
+    """Copy a saved model together with its parts to `target`, so that it can be loaded there alone."""
     value = files.read_json_object(folder / CONFIG)
     shutil.copytree(folder, target)
     for part in value["parts"].values():

@@ -169,7 +169,7 @@ class Decoder(nn.Module, ABC, Generic[C]):
 
     @abstractmethod
     def empty_context(self, context: C) -> C:
-        """What guidance leads away from: the context without a text, in the shape of `context`."""
+        """The context without a text, in the shape of `context`: what guidance leads away from."""
 
     # -- image side ------------------------------------------------------------------------------------
 
@@ -207,8 +207,12 @@ class Decoder(nn.Module, ABC, Generic[C]):
     ) -> torch.Tensor:
         """Denoising loss of each sample (B,): latents (B, c, h, w) and their context.
 
-        Noise, timestep and target are the pretrained schedule's; the average over channels and pixels is in
+        Noise, timesteps and target follow the pretrained schedule. The mean over channels and pixels is computed in
         float32.
+
+        Args:
+            kind: "mse" or "l1".
+            same_noise: one noise tensor for the whole batch.
         """
         t = draw_timesteps(timesteps, len(latents), self.scheduler.config.num_train_timesteps, generator)
         noise = (
@@ -225,9 +229,10 @@ class Decoder(nn.Module, ABC, Generic[C]):
     def add_noise(
         self, latents: torch.Tensor, noise: torch.Tensor, t: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Noisy latents, the prediction's target, and the timesteps as the denoiser is told them, for t (B,).
+        """Noisy latents, the target of the prediction, and the timesteps that the denoiser gets, for t (B,).
 
-        Here diffusion's: the target is the noise or the velocity (Ho et al. 2020, Salimans and Ho 2022).
+        The default is diffusion: the target is the noise (Ho et al. 2020, arXiv 2006.11239) or the velocity (Salimans
+        and Ho 2022, arXiv 2202.00512).
         """
         noisy = self.scheduler.add_noise(latents, noise, t)
         match self.scheduler.config.prediction_type:
@@ -236,14 +241,14 @@ class Decoder(nn.Module, ABC, Generic[C]):
             case "v_prediction":
                 return noisy, self.scheduler.get_velocity(latents, noise, t), t
             case other:
-                raise ValueError(f"the scheduler's prediction_type {other!r} is not one this decoder can train")
+                raise ValueError(f"prediction_type {other!r} of the scheduler is neither epsilon nor v_prediction")
 
     @torch.no_grad()
     def sample(self, context: C, seeds: Sequence[int], steps: int, guidance: float) -> torch.Tensor:
         """Draw one image for each context of a batch -> (B, 3, H, W) uint8.
 
-        With classifier-free guidance against the empty context (none at guidance 1). Every image has a seed of
-        its own, so that it does not depend on the batch it was drawn in.
+        Classifier-free guidance leads away from the empty context (Ho and Salimans 2022, arXiv 2207.12598); at
+        guidance 1 there is none. Each image has its own seed, so it does not depend on the rest of its batch.
         """
         sampler = self.sampler()
         sampler.set_timesteps(steps, device=context.device)
@@ -262,7 +267,7 @@ class Decoder(nn.Module, ABC, Generic[C]):
         return self.decode(latents)
 
     def sampler(self) -> Any:
-        """A new sampler of the pretrained schedule; here DPM-Solver++."""
+        """A new sampler of the pretrained schedule. The default is DPM-Solver++."""
         return DPMSolverMultistepScheduler.from_config(
             self.scheduler.config, timestep_spacing="trailing", trust_remote_code=False
         )

@@ -135,7 +135,7 @@ class SD3Decoder(Decoder[Context]):
                 f"{multiple * config.pos_embed_max_size}"
             )
         if self.scheduler.config.use_dynamic_shifting:
-            raise ValueError("a scheduler with use_dynamic_shifting is not one this decoder knows")
+            raise ValueError("this decoder does not support a scheduler with use_dynamic_shifting")
 
     @property
     def denoiser(self) -> SD3Transformer2DModel:
@@ -164,14 +164,14 @@ class SD3Decoder(Decoder[Context]):
     def add_noise(
         self, latents: torch.Tensor, noise: torch.Tensor, t: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Points on the straight way from latents to noise, its direction, and the timesteps of t (B,).
+        """Points on the straight line from latents to noise, the line's direction, and the timesteps for t (B,).
 
-        t counts the schedule's entries before its shift; diffusers lists them from the noisiest on.
+        t counts the entries of the schedule before its shift. diffusers lists them with the noisiest first.
         """
         entry = self.scheduler.config.num_train_timesteps - 1 - t
         sigma = self.scheduler.sigmas.to(latents)[entry].view(-1, 1, 1, 1)
-        told = self.scheduler.timesteps.to(latents)[entry]
-        return sigma * noise + (1.0 - sigma) * latents, noise - latents, told
+        timesteps = self.scheduler.timesteps.to(latents)[entry]
+        return sigma * noise + (1.0 - sigma) * latents, noise - latents, timesteps
 
     def empty_context(self, context: Context) -> Context:
         """The empty prompt's context, each part cut or repeated at its end to the context's length."""

@@ -78,12 +78,12 @@ class SDXLDecoder(Decoder[Context]):
         self.expect_width(unet.config.cross_attention_dim)
         if unet.config.addition_embed_type != "text_time":
             raise ValueError("the UNet takes no pooled text vector and sizes (addition_embed_type is not text_time)")
-        # Original height and width, top and left of the crop, target height and width. Training pictures are
-        # whole squares of this size and so are the drawn ones: what the stock pipeline says by default.
+        # Original height and width, top and left of the crop, target height and width. Images in training and in
+        # sampling are whole squares of this size, which is also what the stock pipeline says by default.
         sizes = [image_size, image_size, 0, 0, image_size, image_size]
         self.register_buffer("sizes", torch.tensor([sizes], dtype=torch.float32), persistent=False)
         if not torch.cuda.is_available():
-            self.use_fused_attention(False)  # its backward pass for small heads costs more on a CPU
+            self.use_fused_attention(False)  # on a CPU its backward pass costs more where heads are small
 
     @property
     def denoiser(self) -> UNet2DConditionModel:
@@ -101,7 +101,7 @@ class SDXLDecoder(Decoder[Context]):
         return context.each(torch.zeros_like)
 
     def sampler(self) -> Any:
-        """DPM-Solver++ as diffusers advises for SDXL, where the plain one is unstable at its last steps."""
+        """DPM-Solver++ as diffusers advises for SDXL: without these options its last steps are unstable."""
         return DPMSolverMultistepScheduler.from_config(
             self.scheduler.config, use_karras_sigmas=True, euler_at_final=True, trust_remote_code=False
         )

@@ -89,7 +89,7 @@ class StableDiffusionDecoder(Decoder[torch.Tensor]):
         extra = unet.config.in_channels - unet.config.out_channels
         self.register_buffer("coordinates", coordinate_channels(self.latent_shape[-1], extra), persistent=False)
         if not torch.cuda.is_available():
-            self.use_fused_attention(False)  # its backward pass for small heads costs more on a CPU
+            self.use_fused_attention(False)  # on a CPU its backward pass costs more where heads are small
 
     @property
     def denoiser(self) -> UNet2DConditionModel:
@@ -113,9 +113,9 @@ class StableDiffusionDecoder(Decoder[torch.Tensor]):
 def coordinate_channels(size: int, count: int) -> torch.Tensor:
     """Constant input channels (1, count, size, size) that tell a UNet where it is.
 
-    A UNet with more input than output channels gets them (as inpainting models get their mask): sine and
-    cosine of x and y at `count / 4` octaves. Small UNets place objects much sooner with them; Stable
-    Diffusion has none (count 0).
+    A UNet with more input than output channels gets them, as inpainting models get their mask: sine and cosine of
+    x and y at `count / 4` octaves. Small UNets learn much sooner with them where objects are. Stable Diffusion has
+    none (count 0).
     """
     if count % 4:
         raise ValueError(f"a UNet with {count} extra input channels is not one this decoder knows")
