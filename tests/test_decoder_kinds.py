@@ -132,11 +132,21 @@ def test_a_module_that_is_not_there_or_is_no_kind_is_named(paths: Paths) -> None
 
 def test_code_inside_a_model_folder_is_not_run(paths: Paths, package: Path) -> None:
     settings = _with_toy()
-    Autoencoder.build(settings, paths).save(package / "model", settings, paths, "card")
-    shutil.copy(package / "my_decoder.py", package / "model" / "own.py")
-    described = package / "model" / "config.json"
-    value = files.read_json_object(described)
-    value["config"]["decoder"]["kind"] = "my_package.model.own"
-    described.write_text(json.dumps(value), encoding="utf-8")
-    with pytest.raises(ModelFolderError, match=r"names code of its own as its kind of decoder .* which is never run"):
-        Autoencoder.load(package / "model", paths)
+    model = package / "model"
+    Autoencoder.build(settings, paths).save(model, settings, paths, "card")
+    (model / "own").mkdir()
+    for name in ("own.py", "own/__init__.py", "own/deep.py"):
+        shutil.copy(package / "__init__.py", model / name)
+    value = files.read_json_object(model / "config.json")
+
+    def load(kind: str) -> None:
+        value["config"]["decoder"]["kind"] = kind
+        (model / "config.json").write_text(json.dumps(value), encoding="utf-8")
+        Autoencoder.load(model, paths)
+
+    for kind in ("my_package.model.own", "my_package.model.own.deep"):
+        with pytest.raises(ModelFolderError, match=r"names code of its own as its kind of decoder .* is never run"):
+            load(kind)
+    for kind in ("my_package.model.compiled", "nowhere.at_all"):
+        with pytest.raises(ModelFolderError, match=rf"the kind of decoder {kind}, and there is no such module"):
+            load(kind)

@@ -83,7 +83,7 @@ def read(folder: Path, kind: str) -> Saved:
     """Read and check config.json.
 
     Raises:
-        ModelFolderError: not a folder of this kind.
+        ModelFolderError: not a folder of this kind, or a decoder that is not there or comes with the folder.
     """
     path = folder / CONFIG
     if not path.exists():
@@ -113,13 +113,20 @@ def _refuse_code_inside(folder: Path, module: str) -> None:
     """A model folder is data: loading it runs no code that came with it.
 
     Raises:
-        ModelFolderError: its kind of decoder is a module that lies in the folder itself.
+        ModelFolderError: its kind of decoder is a module that is not there, or that lies in the folder itself, or a
+            package on the way to it does.
     """
-    file = source.find(module)
-    if file is not None and file.resolve().is_relative_to(folder.resolve()):
+    names = module.split(".")
+    found = [source.find(".".join(names[: i + 1])) for i in range(len(names))]
+    if found[-1] is None:
         raise ModelFolderError(
-            f"{folder} names code of its own as its kind of decoder ({file}), which is never run. If you trust it, "
-            "install it as a package and set decoder.kind to that."
+            f"{folder} was trained with the kind of decoder {module}, and there is no such module. Install it, or "
+            "start Python in the folder that holds it."
+        )
+    if inside := [file for file in found if file is not None and file.resolve().is_relative_to(folder.resolve())]:
+        raise ModelFolderError(
+            f"{folder} names code of its own as its kind of decoder ({inside[0]}), which is never run. If you trust "
+            "it, install it as a package and set decoder.kind to that."
         )
 
 
