@@ -96,7 +96,7 @@ def test_a_standardised_prefix_sees_differences_at_one_scale_and_is_saved_so(pat
     context = torch.randn(500, 8, 128) * 0.1 + 7.0
     before = captioner.prefix(context)
     captioner.prefix.standardise(context.mean(0), context.std(0))
-    seen = (context - captioner.prefix.mean) / captioner.prefix.spread
+    seen = (context - captioner.prefix.mean) / captioner.prefix.std
     assert seen.mean().abs() < 1e-3 and abs(seen.std() - 1) < 1e-2
     assert torch.allclose(captioner.prefix(context), captioner.prefix.layers(seen) + captioner.prefix.positions)
     assert captioner.prefix(context).std(0).mean() > 3 * before.std(0).mean()

@@ -14,7 +14,7 @@ from vlv.data import gate as expectations
 from vlv.data.shards import DataError
 from vlv.data.vocabulary import Vocabulary, coverage
 from vlv.data.writer import Record
-from vlv.models.loading import tokenizer
+from vlv.models.build import tokenizer
 
 GATE = tiny().data.gate
 ORDINARY = [

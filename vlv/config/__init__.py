@@ -26,7 +26,9 @@ __all__ = [
 ]  # fmt: skip
 
 # Keys that were renamed: old name -> new name. An old key is refused with a message that gives the new one.
-RENAMED: dict[str, str] = {}
+RENAMED: dict[str, str] = {
+    "decoder.use_t5": "decoder.options.use_t5",
+}
 
 
 class Config(Section):

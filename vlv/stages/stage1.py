@@ -25,7 +25,7 @@ def run(settings: Config, paths: Paths) -> dict[str, Any]:
     def batches(step: int) -> Iterator[Stage1Batch]:
         for batch in prefetched(loader.batches(step * settings.stage1.accumulation), device):
             extra = batch.extra
-            yield Stage1Batch(batch.images, extra.get("features"), extra.get("latent_mean"), extra.get("latent_spread"))
+            yield Stage1Batch(batch.images, extra.get("features"), extra.get("latent_mean"), extra.get("latent_std"))
 
     origin = lineage.origin("stage1", settings, paths)
     record = Record("stage1", paths, origin)

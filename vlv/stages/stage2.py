@@ -18,7 +18,7 @@ from vlv.stages import caches, lineage
 from vlv.stages.record import Record, training_record
 from vlv.training import loop, parallel, runtime
 
-_MEASURED = 2000  # samples that a context's mean and spread are taken from where not all are computed
+_MEASURED = 2000  # samples that a context's mean and std are taken from where not all are computed
 
 
 def run(settings: Config, paths: Paths) -> dict[str, Any]:

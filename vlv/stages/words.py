@@ -26,9 +26,9 @@ def tokenizer(part: LanguageModel, paths: Paths) -> "PreTrainedTokenizerBase | N
         AssetError: the language model cannot be fetched.
         PretrainedError: it has no tokenizer that can be read.
     """
-    from vlv.models import loading  # torch: some seconds
+    from vlv.models import build  # torch: some seconds
 
-    return None if _wordless(part) else loading.tokenizer(assets.resolve(part.pretrained, paths, weights=False))
+    return None if _wordless(part) else build.tokenizer(assets.resolve(part.pretrained, paths, weights=False))
 
 
 def misfit(settings: Config, paths: Paths) -> str:
@@ -87,13 +87,13 @@ def _wordless(part: LanguageModel) -> bool:
 
 
 def _held(part: LanguageModel, paths: Paths, captions: list[str]) -> Coverage | None:
-    """How much of the captions a language model's tokenizer holds; None if it is not on this machine."""
-    from vlv.models import loading
+    """How much of the captions a language model holds; None if it is not on this machine."""
+    from vlv.models import build
 
     try:
         folder = assets.at_hand(part.pretrained, paths)
-        return None if folder is None else coverage(loading.tokenizer(folder), captions)
-    except (assets.AssetError, loading.PretrainedError):  # no such reference, or no tokenizer in the folder
+        return None if folder is None else coverage(build.tokenizer(folder), captions)
+    except (assets.AssetError, build.PretrainedError):  # no such reference; no tokenizer in the folder
         return None
 
 
