@@ -58,11 +58,14 @@ def _replace(path: Path, old: str, new: str) -> None:
      "return self.condition(embeddings) * 2.0\n", MODELS),
     ("tiny/scenes.py", "return Scene(background, tuple(sorted(objects)))", "return Scene(0, tuple(sorted(objects)))",
      {"evaluate"}),
+    ("tiny/counting.py", "Counter(kind for _, kind in scene.objects)", "Counter(place for place, _ in scene.objects)",
+     {"evaluate"}),
+    ("tiny/recogniser.py", "background.argmax(-1).tolist()", "background.argmin(-1).tolist()", {"evaluate"}),
     ("data/loader.py", "+ self._rank * local", "+ self._rank * local + 1", TRAINED),
     ("io/images.py", "batch.float() / 127.5 - 1.0", "batch.float() / 127.5 - 1.1", MODELS),
     ("training/optim.py", "return warmup * share", "return share", TRAINED),
     ("models/captioner.py", "if begin is None else", "if begin == 7 else", MODELS - {"stage1"}),
-    ("evaluation/reconstruct.py", "255**2", "256**2", {"evaluate"}),
+    ("evaluation/metrics.py", "255**2", "256**2", {"evaluate"}),
     ("data/gate.py", "min_value=gate.min_side", "min_value=gate.min_side + 1", {"validate"}),
     ("serving/captioner_model.py", "self.captioner.caption(pictures)", "[]", {"register"}),
 ], ids=lambda value: value if isinstance(value, str) and value.endswith(".py") else "")  # fmt: skip
@@ -80,7 +83,7 @@ def test_words_plots_logs_and_other_kinds_make_nothing_stale(package: Path) -> N
     before = _unchanged("tiny")
     _replace(package / "models/encoder.py", "learnable queries and a projection.", "queries.")
     _replace(package / "training/energy.py", "Joules since it was made", "Joules")
-    _replace(package / "evaluation/report.py", "#3867d6", "#ff0000")
+    _replace(package / "evaluation/figures.py", "#3867d6", "#ff0000")
     _replace(package / "training/loop.py", "the loss is {total} at step", "at step")
     _replace(package / "training/checkpoint.py", "going back to the one before it", "passed over")
     _add(package / "models/decoders/sd3.py", "\n\nNEW = 1\n")

@@ -15,8 +15,8 @@ from PIL import EpsImagePlugin, Image
 from tests.test_import import wanted
 from vlv.data.import_.importer import import_images
 from vlv.data.shards import DataError
+from vlv.inference import _readable
 from vlv.io import images
-from vlv.stages.use import _readable
 
 # Pillow warns of oddities in what it reads all the same.
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::PIL.Image.DecompressionBombWarning")

@@ -64,7 +64,7 @@ def test_from_the_import_to_the_registry(
     assert validated["success"] and sum(validated["samples"].values()) == COUNT
     assert trained["captions_cut"] == 0
     assert -1 <= evaluated["captions"]["similarity"] <= 1
-    assert {"ceiling", "vae", "floors"} <= set(evaluated["reconstruction"])
+    assert {"upper_bound", "vae", "baselines"} <= set(evaluated["reconstruction"])
     assert registered["stage1"]["version"] == registered["stage2"]["version"] == 1
     assert [path for path in _promised() if not (project / path).exists()] == [], "dvc repro would miss them"
 

@@ -21,7 +21,7 @@ import json, sys
 from pathlib import Path
 from vlv import config
 from vlv.config import Paths
-from vlv.evaluation.sentences import SentenceModel
+from vlv.evaluation.similarity import SentenceModel
 from vlv.models import build, language_model
 from vlv.io.preprocessing import Preprocessing
 

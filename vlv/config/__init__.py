@@ -28,6 +28,7 @@ __all__ = [
 # Keys that were renamed: old name -> new name. An old key is refused with a message that gives the new one.
 RENAMED: dict[str, str] = {
     "decoder.use_t5": "decoder.options.use_t5",
+    "evaluate.untrained_floor": "evaluate.untrained_baseline",
 }
 
 

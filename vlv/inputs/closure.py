@@ -30,7 +30,7 @@ NEUTRAL = (
     "vlv.tracking",  # MLflow's records
     "vlv.io.telemetry",  # switches of libraries
     "vlv.io.progress",  # the screen
-    "vlv.evaluation.report",  # plots and cards
+    "vlv.evaluation.figures",  # plots and cards
     "vlv.training.energy",  # costs
     "vlv.training.ledger",
 )

@@ -176,7 +176,7 @@ class Captioner(nn.Module):
     def write(self, context: torch.Tensor | None, count: int = 1) -> list[str]:
         """Captions for contexts (B, Q, C), written as `generation` says: by default greedily, each until its <eos>.
 
-        Without a context (None) the language model samples `count` captions alone: a baseline that sees no image.
+        Without a context (None) the language model draws `count` captions alone: the baseline without an image.
         """
         how = self.generation
         table = self.language_model.get_input_embeddings()

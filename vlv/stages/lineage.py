@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from vlv import config
 from vlv.config import Config, Paths
+from vlv.evaluation import truth
 from vlv.inputs import closure
 from vlv.io import assets, files
 
@@ -48,6 +49,8 @@ def roots(stage: str, settings: Config) -> list[str]:
     found = [f"vlv.stages.{stage}:run"]
     if stage != "validate":
         found += decoder_code(settings.decoder)
+    if stage == "evaluate" and settings.evaluate.counting:
+        found += [f"{settings.evaluate.counting}:{function}" for function in truth.FUNCTIONS]
     return [*found, *_SERVED] if stage == "register" else found
 
 

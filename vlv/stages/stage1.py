@@ -9,7 +9,7 @@ from vlv.config import Config, Paths
 from vlv.data import shards
 from vlv.data.cache import ShardCache
 from vlv.data.loader import ShardLoader, prefetched
-from vlv.evaluation import report
+from vlv.evaluation import figures
 from vlv.models.autoencoder import Autoencoder, Stage1Batch
 from vlv.stages import caches, lineage
 from vlv.stages.record import Record, training_record
@@ -32,7 +32,7 @@ def run(settings: Config, paths: Paths) -> dict[str, Any]:
     with training_record(record, settings, settings.stage1) as on_log:
         loop.train(model, batches, settings.stage1, record.training, origin.rest, on_log, "Stage 1")
         if runtime.is_main():
-            model.save(record.model, settings, paths, report.card("autoencoder", settings))
+            model.save(record.model, settings, paths, figures.card("autoencoder", settings))
     return record.result()
 
 

@@ -9,7 +9,7 @@ from vlv.config import Config, Paths
 from vlv.data import shards
 from vlv.data.cache import ShardCache
 from vlv.data.loader import Grouping, ShardLoader, prefetched
-from vlv.evaluation import report
+from vlv.evaluation import figures
 from vlv.models import caption_tokens
 from vlv.models.autoencoder import Autoencoder
 from vlv.models.captioner import Captioner, Stage2Batch
@@ -30,7 +30,7 @@ def run(settings: Config, paths: Paths) -> dict[str, Any]:
         captioner, cut = train_captioner(settings, paths, trained, record.training, origin.rest, on_log, "Stage 2")
         record.figures["captions_cut"] = cut
         if runtime.is_main():
-            captioner.save(record.model, settings, paths, report.card("captioner", settings))
+            captioner.save(record.model, settings, paths, figures.card("captioner", settings))
     return record.result()
 
 
