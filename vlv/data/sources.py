@@ -22,7 +22,7 @@ logger = logging.getLogger(__name__)
 # Kind of a drawn source -> the module that draws it, imported by this name when it is needed. The module has
 # `VERSION` (an int; another version makes the data again) and `draw(wanted, paths, progress) -> Drawn`. No stage
 # runs this code, so it is no root of a stage's inputs: the stages depend on the bytes of data/.
-_DRAWN = {"scenes": "vlv.tiny.source"}
+_DRAWN = {"scenes": "vlv.tiny.scene_source"}
 # The settings of data whose manifest does not name them. They are not written, so older data keeps its bytes.
 _DEFAULTS = {"resize": "bicubic"}
 
@@ -36,9 +36,9 @@ class Drawn:
 
 
 def materialise(wanted: config.Data, paths: config.Paths, data: Path, progress: Progress | None = None) -> Manifest:
-    """Make `data` as the configuration says, unless it is there already and intact. Swapped in as a whole.
+    """Make `data` as the configuration says, unless it is there already and intact. It is put in place as a whole.
 
-    Imported images cannot be made: they are only verified.
+    Imported images cannot be made, so they are only verified.
 
     Raises:
         DataError: imported images that are missing, damaged, or were cut to another size.

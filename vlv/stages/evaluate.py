@@ -14,7 +14,7 @@ from vlv.evaluation.metrics import Compared
 from vlv.evaluation.similarity import SentenceModel, cosines
 from vlv.io import assets, files, images
 from vlv.io.images import Pixels
-from vlv.models import device
+from vlv.models import saved
 from vlv.models.autoencoder import Autoencoder
 from vlv.models.captioner import Captioner
 from vlv.registry.versions import numbers
@@ -114,7 +114,7 @@ def _count_captions(settings: Config, paths: Paths, written: list[str], test: Te
 def _compare_sentences(model: Path, written: Sequence[str], captions: Sequence[str | None]) -> dict[str, Any]:
     """How near captions are to the true ones, which all samples must have."""
     true = [caption or "" for caption in captions]
-    both = cosines(SentenceModel(model, device.for_inference()), written, true)
+    both = cosines(SentenceModel(model, saved.inference_device()), written, true)
     own, another = (Compared(len(written), cosines=values) for values in both)
     return {
         **metrics.measure("captions", own),
@@ -132,7 +132,7 @@ def _versus(part: metrics.Part, ours: Compared, baseline: Compared) -> dict[str,
 
 def _reconstruct(e: Evaluate, paths: Paths, test: TestSet) -> tuple[dict[str, Any], dict[str, list[Pixels]]]:
     """The figures, and the pictures by what they were drawn from."""
-    model = Autoencoder.load(paths.work / "stage1" / "model", paths).to(device.for_inference())
+    model = Autoencoder.load(paths.work / "stage1" / "model", paths).to(saved.inference_device())
     pixels = test.pixels[: e.reconstructions]
     drawn = outputs.pictures(model, e, pixels, test.captions[: e.reconstructions])
     true = [images.resize_crop(p, model.decoder.image_size) for p in pixels]
@@ -178,7 +178,7 @@ def _inception(e: Evaluate, paths: Paths, true: list[Pixels]) -> "Callable[[list
     """Inception features of pictures and of the true ones; None without a network, or for a single image."""
     if not e.feature_network or len(true) < 2:
         return lambda pictures: None
-    network = fid.load_network(assets.resolve(e.feature_network, paths), device.for_inference())
+    network = fid.load_network(assets.resolve(e.feature_network, paths), saved.inference_device())
     real = fid.features(network, true)
     return lambda pictures: (fid.features(network, pictures), real)
 

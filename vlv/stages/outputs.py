@@ -9,7 +9,7 @@ from vlv.evaluation.metrics import UPPER_BOUND, VAE
 from vlv.io import files, images
 from vlv.io.images import Pixels
 from vlv.io.progress import meter
-from vlv.models import device
+from vlv.models import saved
 from vlv.models.autoencoder import Autoencoder
 from vlv.models.captioner import Captioner
 from vlv.stages import lineage, stage2
@@ -19,7 +19,7 @@ RECONSTRUCTION = "reconstruction"
 
 def captions(captioner: Captioner, pixels: Sequence[Pixels], batch_size: int) -> list[str]:
     """The captioner's captions of N images (H, W, 3) uint8."""
-    captioner.to(device.for_inference())
+    captioner.to(saved.inference_device())
     written: list[str] = []
     with meter("Captions", len(pixels)) as progress:
         for i in range(0, len(pixels), batch_size):
@@ -30,7 +30,7 @@ def captions(captioner: Captioner, pixels: Sequence[Pixels], batch_size: int) ->
 
 def captions_without_image(settings: Config, paths: Paths, count: int) -> list[str]:
     """A baseline: captions that the pretrained language model samples by itself."""
-    alone = Captioner.build(settings, paths).eval().to(device.for_inference())
+    alone = Captioner.build(settings, paths).eval().to(saved.inference_device())
     torch.manual_seed(settings.evaluate.seed)
     written: list[str] = []
     while len(written) < count:

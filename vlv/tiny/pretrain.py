@@ -17,8 +17,7 @@ from vlv import config
 from vlv.config import Paths, ScenesSource
 from vlv.io import files
 from vlv.models.build import STATISTICS
-from vlv.models.conditioners.stable_diffusion import TextConditioner
-from vlv.models.decoders.stable_diffusion import StableDiffusionDecoder
+from vlv.models.decoders.stable_diffusion import StableDiffusionDecoder, TextConditioner
 from vlv.tiny import pretrain_teacher as teacher
 from vlv.tiny import pretrain_text as text
 from vlv.tiny import pretrain_vision as vision
@@ -163,7 +162,7 @@ def _statistics(conditioner: TextConditioner, captions: Pool) -> dict[str, torch
     context = conditioner.embed_text(chosen)
     sides = {"embedding": embedding, "context": context}
     means = {f"{name}_mean": x.mean(0).contiguous() for name, x in sides.items()}
-    return means | {f"{name}_spread": x.std(0).contiguous() for name, x in sides.items()}
+    return means | {f"{name}_std": x.std(0).contiguous() for name, x in sides.items()}
 
 
 @torch.no_grad()

@@ -19,7 +19,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, PreTrainedTokenizerFast,
 from transformers.masking_utils import create_causal_mask
 
 from vlv.config import Optimizer, Training
-from vlv.data import text as caption_text
+from vlv.models import caption_tokens
 from vlv.tiny import scenes
 from vlv.tiny.scene_pool import Pool, indices
 from vlv.training import loop
@@ -200,20 +200,20 @@ def pretrain_language_model(pool: Pool, held_out: Pool, folder: Path) -> tuple[Q
     """Train in `folder`; figure: perplexity per token of held-out captions."""
     words = tokenizer()
     model = build_language_model(len(words))
-    tokens = caption_text.tokenize(words, pool.captions, LENGTH).ids
+    tokens = caption_tokens.tokenize(words, pool.captions, LENGTH).ids
 
     def batches(start: int) -> Iterator[object]:
         step = start
         while True:
             chosen = indices(len(pool), LANGUAGE_MODEL.batch_size, LANGUAGE_MODEL.seed, step)
-            yield caption_text.collate([tokens[i] for i in chosen], 0)
+            yield caption_tokens.collate([tokens[i] for i in chosen], 0)
             step += 1
 
     model.train()
     loop.train(_NextWord(model), batches, LANGUAGE_MODEL, folder, "lm-1", title="Language model")
     model.eval()
-    held = caption_text.tokenize(words, held_out.captions, LENGTH).ids
+    held = caption_tokens.tokenize(words, held_out.captions, LENGTH).ids
     with torch.no_grad():
-        ids, labels = caption_text.collate(held, 0)
+        ids, labels = caption_tokens.collate(held, 0)
         loss = float(model(input_ids=ids, labels=labels).loss)
     return model, {"perplexity": round(math.exp(loss), 3)}
