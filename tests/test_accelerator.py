@@ -53,7 +53,7 @@ def test_begun_on_a_cpu_it_goes_on_to_the_end_on_the_accelerator(tmp_path: Path,
     # As a user does; the captioner that `vlv caption` finds is the one just trained.
     use = ["caption work/evaluate/pictures -o captions.json", "reconstruct work/evaluate/pictures -o drawn --steps 2"]
     told = _succeeds(projects.python(str(PRETEND), *(f"run {stage}" for stage in STAGES), *use), other)
-    assert "going on from step" in told
+    assert "resuming from step" in told
     counts = [int(count) for count in re.findall(r"^(\d+) operations on pretend:0", told, re.MULTILINE)]
     assert len(counts) == len(STAGES) + len(use) and min(counts) > 1000, counts
     for stage in ("stage1", "stage2"):

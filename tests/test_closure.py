@@ -79,10 +79,10 @@ def _add(path: Path, text: str) -> None:
 def test_words_plots_logs_and_other_kinds_make_nothing_stale(package: Path) -> None:
     before = _unchanged("tiny")
     _replace(package / "models/encoder.py", "learnable queries and a projection.", "queries.")
-    _replace(package / "training/energy.py", "Joules since it was made", "Joules")
+    _replace(package / "training/ledger.py", "operations and money, summed", "money, summed")
     _replace(package / "evaluation/report.py", "#3867d6", "#ff0000")
     _replace(package / "training/loop.py", "the loss is {total} at step", "at step")
-    _replace(package / "training/checkpoint.py", "going back to the one before it", "passed over")
+    _replace(package / "training/state.py", "going back to the one before it", "passed over")
     _add(package / "models/decoders/sd3.py", "\n\nNEW = 1\n")
     (package / "models/decoders/new.py").write_text("class NewDecoder: ...\n")
     _replace(package / "config/models.py", '"sdxl", "sd3"', '"sdxl", "sd3", "new"')
@@ -156,7 +156,7 @@ def test_every_function_that_a_stage_calls_is_in_its_inputs(smoke: Path) -> None
     assert done.returncode == 0, done.stderr
     called_by: dict[str, list[str]] = files.read_json(smoke / "called.json")
     # The settings check themselves, what they say is an input; `reporting` tells a worker's parent of an error.
-    beside = (*closure.NEUTRAL, "vlv.config", "vlv.stages:", "vlv.training.workers:reporting")
+    beside = (*closure.NEUTRAL, "vlv.config", "vlv.stages:", "vlv.training.launch:reporting")
     for stage in lineage.SETTINGS:
         called = {name for name in called_by[stage] if not name.startswith(beside)}
         found = {f"{s.module}:{s.name}" for s in closure.sources().symbols(lineage.roots(stage, profile("smoke")))}

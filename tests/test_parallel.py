@@ -17,7 +17,7 @@ from vlv import rng as draws
 from vlv.config import ConfigError, Timesteps
 from vlv.io import files
 from vlv.models.decoders.timesteps import draw_timesteps
-from vlv.training import runtime, workers
+from vlv.training import distributed, launch
 
 LAUNCH = ROOT / "configs" / "accelerate"
 pytestmark = pytest.mark.training
@@ -27,7 +27,7 @@ TOLERANCE = 1e-5
 def _together(plan: str, jobs: list[dict[str, Any]]) -> None:
     """Run trainings in as many processes as a shipped file says."""
     command = [sys.executable, "-m", "tests.train_together", json.dumps(jobs, default=str)]
-    workers.run(command, LAUNCH / f"{plan}.yaml", ROOT, projects.environment(OMP_NUM_THREADS="1"))
+    launch.run(command, LAUNCH / f"{plan}.yaml", ROOT, projects.environment(OMP_NUM_THREADS="1"))
 
 
 def _losses(folder: Path) -> list[float]:
@@ -143,5 +143,5 @@ def test_a_batch_that_cannot_be_shared_is_refused(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setenv("WORLD_SIZE", "3")
     from tests.test_training import SETTINGS
 
-    with pytest.raises(ConfigError, match="8 samples of a step cannot be shared evenly by 3 processes"):
-        runtime.share(SETTINGS, SETTINGS.batch_size)
+    with pytest.raises(ConfigError, match="8 samples of a step cannot be divided evenly among 3 processes"):
+        distributed.micro_batch_size(SETTINGS, SETTINGS.batch_size)

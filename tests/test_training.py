@@ -10,7 +10,7 @@ from torch import nn
 from vlv.config import Optimizer, Training
 from vlv.io import files
 from vlv.io.stopping import Stopped
-from vlv.training import checkpoint, loop, optim
+from vlv.training import loop, optim, state
 
 SETTINGS = Training(
     steps=12, batch_size=8, accumulation=2, precision="fp32", seed=3, checkpoint_every=4, log_every=2,
@@ -75,6 +75,18 @@ def test_stopped_anywhere_and_resumed_gives_the_same_bits(tmp_path: Path) -> Non
     assert not torch.equal(whole["body.weight"], start["body.weight"])
 
 
+def test_one_process_may_train_in_one_precision_after_another(tmp_path: Path) -> None:
+    """accelerate keeps the first precision of a process and refuses another one."""
+    trained = {}
+    for name, precision in (("first", "fp32"), ("half", "bf16"), ("again", "fp32")):
+        model = _Regression()
+        settings = SETTINGS.model_copy(update={"precision": precision})
+        loop.train(model, _batches, settings, tmp_path / name, "same")
+        trained[name] = model.body.weight
+    assert torch.equal(trained["first"], trained["again"])
+    assert not torch.equal(trained["first"], trained["half"])
+
+
 def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(tmp_path: Path) -> None:
     whole = _train(tmp_path / "whole")
     _train(tmp_path / "damaged")
@@ -86,7 +98,7 @@ def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(tmp_path: Path) 
 
 def test_a_foreign_checkpoint_is_refused(tmp_path: Path) -> None:
     _train(tmp_path)
-    with pytest.raises(checkpoint.CheckpointError, match="other settings"):
+    with pytest.raises(state.CheckpointError, match="other settings"):
         loop.train(_Regression(), _batches, SETTINGS, tmp_path, "other")
 
 

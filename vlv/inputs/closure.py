@@ -33,8 +33,7 @@ NEUTRAL = (
     "vlv.io.telemetry",  # switches of libraries
     "vlv.io.progress",  # the screen
     "vlv.evaluation.report",  # plots and cards
-    "vlv.training.energy",  # costs
-    "vlv.training.ledger",
+    "vlv.training.ledger",  # costs
 )
 
 _LOGGERS = {"log", "logger"}

@@ -22,7 +22,7 @@ from vlv.models.captioner import Captioner, Stage2Batch
 from vlv.plan import count, forecast, models
 from vlv.plan.memory import PeakMemory
 from vlv.plan.stand_ins import Target
-from vlv.training import loop, runtime
+from vlv.training import distributed, loop
 
 GIB = forecast.GIB
 M = TypeVar("M", Autoencoder, Captioner)
@@ -70,7 +70,7 @@ def stage1(settings: Config, paths: Paths, samples: int = 1) -> Rehearsed:
         TooLargeError: the forecast says that it does not fit.
     """
     s = settings.stage1
-    device = runtime.join()
+    device = distributed.join()
 
     def batch(model: Autoencoder, pictures: torch.Tensor) -> Stage1Batch:
         cached: dict[str, torch.Tensor] = {}
@@ -91,7 +91,7 @@ def stage2(settings: Config, paths: Paths, samples: int = 1) -> Rehearsed:
         TooLargeError: the forecast says that it does not fit.
     """
     s = settings.stage2
-    device = runtime.join()
+    device = distributed.join()
 
     def batch(model: Captioner, pictures: torch.Tensor) -> Stage2Batch:
         words = model.language_model.get_input_embeddings().weight.shape[0]

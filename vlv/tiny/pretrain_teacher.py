@@ -17,7 +17,7 @@ from vlv.io.progress import meter
 from vlv.models.decoders.stable_diffusion import StableDiffusionDecoder
 from vlv.tiny.pretrain_text import WIDTH
 from vlv.tiny.scene_pool import Pool
-from vlv.training import loop, runtime
+from vlv.training import distributed, loop
 
 log = logging.getLogger(__name__)
 
@@ -98,7 +98,7 @@ def pretrain(decoder: StableDiffusionDecoder, pool: Pool, singles: Pool, folder:
     def batches(start: int) -> Iterator[object]:
         step = start
         while True:
-            draw = runtime.generator(SETTINGS.seed, step, stream=1)
+            draw = distributed.generator(SETTINGS.seed, step, stream=1)
             easy = step < until and float(torch.rand((), generator=draw)) < share
             low, high = (len(pool), len(latent)) if easy else (0, len(latent) if step < until else len(pool))
             chosen = torch.randint(low, high, (SETTINGS.batch_size,), generator=draw)

@@ -18,7 +18,7 @@ from tests.conftest import ROOT
 from vlv import config
 from vlv.config import ConfigError
 from vlv.io import files
-from vlv.training import workers
+from vlv.training import launch
 
 LAUNCH = ROOT / "configs" / "accelerate"
 
@@ -26,7 +26,7 @@ _WORKER = """
 import os, sys, time
 from vlv.config import ConfigError
 from vlv.training import workers
-with workers.reporting():
+with launch.reporting():
     if os.environ["RANK"] == "1":
         {fate}
     time.sleep(600)
@@ -36,8 +36,8 @@ with workers.reporting():
 def _fail(fate: str) -> str:
     command = [sys.executable, "-c", _WORKER.format(fate=fate)]
     before = psutil.Process().children()  # what other tests of this process left is not ours
-    with pytest.raises(workers.WorkerError) as caught:
-        workers.run(command, LAUNCH / "cpu-ddp.yaml", ROOT, projects.environment())
+    with pytest.raises(launch.WorkerError) as caught:
+        launch.run(command, LAUNCH / "cpu-ddp.yaml", ROOT, projects.environment())
     assert set(psutil.Process().children()) <= set(before), "a worker is left"
     return str(caught.value)
 
@@ -57,7 +57,7 @@ def test_processes_end_when_their_parent_is_killed() -> None:
     program = f"""
 import os, pathlib
 from vlv.training import workers
-workers.run({command!r}, pathlib.Path({str(LAUNCH / "cpu-ddp.yaml")!r}), pathlib.Path({str(ROOT)!r}), dict(os.environ))
+launch.run({command!r}, pathlib.Path({str(LAUNCH / "cpu-ddp.yaml")!r}), pathlib.Path({str(ROOT)!r}), dict(os.environ))
 """
     parent = subprocess.Popen([sys.executable, "-c", program], env=projects.environment(), cwd=ROOT)
     children: list[psutil.Process] = []
@@ -74,10 +74,10 @@ workers.run({command!r}, pathlib.Path({str(LAUNCH / "cpu-ddp.yaml")!r}), pathlib
 
 @pytest.mark.slow
 def test_a_process_that_never_comes_is_an_error_and_no_endless_wait() -> None:
-    program = "from vlv.training import runtime; runtime.join(0.05)"
+    program = "from vlv.training import distributed; distributed.join(0.05)"
     alone_of_two = {
         "RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(workers._free_port()), "ACCELERATE_USE_CPU": "true",
+        "MASTER_PORT": str(launch._free_port()), "ACCELERATE_USE_CPU": "true",
     }  # fmt: skip
     done = projects.run(projects.python("-c", program), ROOT, timeout=120, **alone_of_two)
     assert "MissingProcessError: Process 0 of 2 waited 0.05 minutes" in done.stderr, done.stderr
@@ -85,11 +85,11 @@ def test_a_process_that_never_comes_is_an_error_and_no_endless_wait() -> None:
 
 def test_plans_for_several_machines_or_unknown_kinds_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"for 2 machines.*accelerate launch"):
-        workers.read_plan(ROOT / "configs" / "cluster" / "ddp-2x8.yaml")
+        launch.read_plan(ROOT / "configs" / "cluster" / "ddp-2x8.yaml")
     with pytest.raises(ConfigError, match="cannot be read"):
-        workers.read_plan(tmp_path / "missing.yaml")
+        launch.read_plan(tmp_path / "missing.yaml")
     with pytest.raises(ConfigError, match="MEGATRON_LM is not one of"):
-        workers.plan_variables({"num_processes": 2, "distributed_type": "MEGATRON_LM"})
+        launch.plan_variables({"num_processes": 2, "distributed_type": "MEGATRON_LM"})
 
 
 _FILES = sorted(p for name in ("accelerate", "cluster") for p in (ROOT / "configs" / name).glob("*.yaml"))
@@ -102,8 +102,8 @@ def test_accelerate_reads_the_shipped_files() -> None:
         read = load_config_from_file(str(path))
         assert read.num_processes % read.num_machines == 0, path
         if path.parent.name == "accelerate":
-            assert workers.read_plan(path)["num_processes"] == read.num_processes, path
-            workers.plan_variables(workers.read_plan(path))
+            assert launch.read_plan(path)["num_processes"] == read.num_processes, path
+            launch.plan_variables(launch.read_plan(path))
 
 
 def test_the_cluster_script_is_a_shell_script() -> None:
@@ -138,7 +138,7 @@ def test_a_stage_starts_its_processes_stops_with_them_and_goes_on_alone(smoke: P
     assert len(children) == 2 and not psutil.wait_procs(children, timeout=5)[1]
     files.write_text(project / "params.yaml", params)
     done = projects.run(projects.python("-m", "vlv", "run", "stage1"), project)
-    assert done.returncode == 0 and "going on from step" in done.stderr, done.stderr
+    assert done.returncode == 0 and "resuming from step" in done.stderr, done.stderr
     figures = files.read_json(project / "metrics" / "stage1.json")
     smoke = config.load(config.Paths(project)).stage1
     assert figures["cost"]["sessions"] == 2 and figures["cost"]["flops"] > 0 and figures["cost"]["money"] is None
