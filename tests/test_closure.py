@@ -61,6 +61,8 @@ def _replace(path: Path, old: str, new: str) -> None:
     ("data/loader.py", "+ self._rank * local", "+ self._rank * local + 1", TRAINED),
     ("io/images.py", "batch.float() / 127.5 - 1.0", "batch.float() / 127.5 - 1.1", MODELS),
     ("training/optim.py", "return warmup * share", "return share", TRAINED),
+    ("config/trainable.py", "Parts({TEXT_DECODER})", "Parts({TEXT_ENCODER})", MODELS),
+    ("config/trainable.py", "Parts({LANGUAGE_MODEL})", "Parts({ADAPTERS})", MODELS),
     ("models/captioner.py", "if begin is None else", "if begin == 7 else", MODELS - {"stage1"}),
     ("evaluation/reconstruct.py", "255**2", "256**2", {"evaluate"}),
     ("data/gate.py", "min_value=gate.min_side", "min_value=gate.min_side + 1", {"validate"}),

@@ -1,4 +1,4 @@
-"""The processes of one training: started by the stage, ended together, their first error told once."""
+"""The processes of one training: the stage starts them, they end together, and their first error is shown once."""
 
 import json
 import os
@@ -25,7 +25,7 @@ LAUNCH = ROOT / "configs" / "accelerate"
 _WORKER = """
 import os, sys, time
 from vlv.config import ConfigError
-from vlv.training import workers
+from vlv.training import launch
 with launch.reporting():
     if os.environ["RANK"] == "1":
         {fate}
@@ -52,11 +52,12 @@ def test_a_process_that_is_killed_is_named() -> None:
     assert message.startswith("Process 1 of 2 processes was killed by SIGKILL") and message.endswith("last words")
 
 
-def test_processes_end_when_their_parent_is_killed() -> None:
+@pytest.mark.parametrize("seconds", [0.0, 2.0], ids=["before they are up", "while they work"])
+def test_processes_end_when_their_parent_is_killed(seconds: float) -> None:
     command = [sys.executable, "-c", _WORKER.format(fate="pass")]
     program = f"""
 import os, pathlib
-from vlv.training import workers
+from vlv.training import launch
 launch.run({command!r}, pathlib.Path({str(LAUNCH / "cpu-ddp.yaml")!r}), pathlib.Path({str(ROOT)!r}), dict(os.environ))
 """
     parent = subprocess.Popen([sys.executable, "-c", program], env=projects.environment(), cwd=ROOT)
@@ -65,7 +66,7 @@ launch.run({command!r}, pathlib.Path({str(LAUNCH / "cpu-ddp.yaml")!r}), pathlib.
     while len(children) < 2 and time.monotonic() < deadline:
         children = psutil.Process(parent.pid).children()
         time.sleep(0.1)
-    time.sleep(1.0)  # until they watch
+    time.sleep(seconds)
     parent.kill()
     parent.wait()
     _, alive = psutil.wait_procs(children, timeout=10)
@@ -77,7 +78,7 @@ def test_a_process_that_never_comes_is_an_error_and_no_endless_wait() -> None:
     program = "from vlv.training import distributed; distributed.join(0.05)"
     alone_of_two = {
         "RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(launch._free_port()), "ACCELERATE_USE_CPU": "true",
+        "MASTER_PORT": str(launch.free_port()), "ACCELERATE_USE_CPU": "true",
     }  # fmt: skip
     done = projects.run(projects.python("-c", program), ROOT, timeout=120, **alone_of_two)
     assert "MissingProcessError: Process 0 of 2 waited 0.05 minutes" in done.stderr, done.stderr
@@ -85,11 +86,11 @@ def test_a_process_that_never_comes_is_an_error_and_no_endless_wait() -> None:
 
 def test_plans_for_several_machines_or_unknown_kinds_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"for 2 machines.*accelerate launch"):
-        launch.read_plan(ROOT / "configs" / "cluster" / "ddp-2x8.yaml")
+        launch.read_launch_file(ROOT / "configs" / "cluster" / "ddp-2x8.yaml")
     with pytest.raises(ConfigError, match="cannot be read"):
-        launch.read_plan(tmp_path / "missing.yaml")
+        launch.read_launch_file(tmp_path / "missing.yaml")
     with pytest.raises(ConfigError, match="MEGATRON_LM is not one of"):
-        launch.plan_variables({"num_processes": 2, "distributed_type": "MEGATRON_LM"})
+        launch.accelerate_variables({"num_processes": 2, "distributed_type": "MEGATRON_LM"})
 
 
 _FILES = sorted(p for name in ("accelerate", "cluster") for p in (ROOT / "configs" / name).glob("*.yaml"))
@@ -102,8 +103,8 @@ def test_accelerate_reads_the_shipped_files() -> None:
         read = load_config_from_file(str(path))
         assert read.num_processes % read.num_machines == 0, path
         if path.parent.name == "accelerate":
-            assert launch.read_plan(path)["num_processes"] == read.num_processes, path
-            launch.plan_variables(launch.read_plan(path))
+            assert launch.read_launch_file(path)["num_processes"] == read.num_processes, path
+            launch.accelerate_variables(launch.read_launch_file(path))
 
 
 def test_the_cluster_script_is_a_shell_script() -> None:

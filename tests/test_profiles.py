@@ -70,7 +70,7 @@ def test_the_machine_is_what_the_configuration_says(paths: Paths, tmp_path: Path
     alone = machines.machine(_for(Compute()), paths, "stage1")
     assert (alone.gpu.name, alone.count, alone.sharding) == (machines.DEFAULT_GPU, 1, "none")
     assert by_stage.compute.launch_of("evaluate") is None
-    assert machines.sharded(launch.read_plan(ROOT / "configs" / "accelerate" / "cpu-ddp.yaml")) == "none"
+    assert machines.sharded(launch.read_launch_file(ROOT / "configs" / "accelerate" / "cpu-ddp.yaml")) == "none"
 
 
 def test_a_machine_that_contradicts_itself_is_refused(paths: Paths) -> None:

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 
 from tests.conftest import profile
 from vlv import config
-from vlv.config import ConfigError, Paths
+from vlv.config import ConfigError, Paths, trainable
 from vlv.data import text
 from vlv.data.loader import Grouping, ShardLoader
 from vlv.models.captioner import Captioner, Stage2Batch
@@ -205,3 +205,23 @@ def test_features_are_cached_only_where_the_tower_is_frozen_and_the_encoder_lear
         config.Config.model_validate(smoke)
     smoke["stage2"] |= {"learn": "mlp+llm+encoder"}
     assert config.Config.model_validate(smoke).stage2.cache_features
+
+
+@pytest.mark.parametrize(("stage", "table"), [("stage1", trainable.STAGE1), ("stage2", trainable.STAGE2)])
+def test_every_row_of_the_table_is_a_choice_and_nothing_else_is(stage: str, table: dict[str, trainable.Parts]) -> None:
+    smoke = profile("smoke").model_dump(by_alias=True)
+    smoke["stage1"]["cache_features"] = False
+    for learn in table:
+        smoke[stage]["learn"] = learn
+        assert getattr(config.Config.model_validate(smoke), stage).trained_parts == table[learn]
+    smoke[stage]["learn"] = "everything"
+    with pytest.raises(ValueError, match=f"'everything' is not one of: {', '.join(table)}".replace("+", r"\+")):
+        config.Config.model_validate(smoke)
+
+
+def test_a_new_choice_is_one_row(paths: Paths, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The encoder and the prefix, with a frozen language model, is a choice that the table does not have."""
+    rows = {**trainable.STAGE2, "mlp+encoder": trainable.Parts({trainable.ENCODER})}
+    monkeypatch.setattr(trainable, "STAGE2", rows)
+    captioner = Captioner.build(_smoke("mlp+encoder"), paths)
+    assert {name.split(".")[0] for name, p in captioner.named_parameters() if p.requires_grad} == {"encoder", "prefix"}

@@ -32,7 +32,7 @@ def insert(language_model: PreTrainedModel, settings: Lora) -> None:
     )
 
 
-def set_learning(language_model: PreTrainedModel) -> None:
-    """Only the adapters learn."""
+def set_trainable(language_model: PreTrainedModel) -> None:
+    """Train the adapters alone."""
     for name, parameter in language_model.named_parameters():
         parameter.requires_grad_(_MARK in name)

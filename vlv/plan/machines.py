@@ -23,7 +23,7 @@ def machine(settings: Config, paths: Paths, stage: StageName) -> Machine:
     compute, launch_file = settings.compute, settings.compute.launch_of(stage)
     sharding: Sharding = "none"
     if launch_file is not None:
-        plan = launch.read_plan(paths.root / launch_file)
+        plan = launch.read_launch_file(paths.root / launch_file)
         if plan["num_processes"] != compute.gpus:
             raise ConfigError(
                 f"compute.gpus is {compute.gpus}, but {launch_file}, which {stage} is started with, has num_processes "

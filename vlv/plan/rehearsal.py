@@ -22,7 +22,7 @@ from vlv.models.captioner import Captioner, Stage2Batch
 from vlv.plan import count, forecast, models
 from vlv.plan.memory import PeakMemory
 from vlv.plan.stand_ins import Target
-from vlv.training import distributed, loop
+from vlv.training import blocks, distributed, loop
 
 GIB = forecast.GIB
 M = TypeVar("M", Autoencoder, Captioner)
@@ -96,7 +96,7 @@ def stage2(settings: Config, paths: Paths, samples: int = 1) -> Rehearsed:
     def batch(model: Captioner, pictures: torch.Tensor) -> Stage2Batch:
         words = model.language_model.get_input_embeddings().weight.shape[0]
         ids = torch.randint(0, words, (samples, s.max_caption_tokens), generator=torch.Generator().manual_seed(s.seed))
-        if s.learn != "mlp+llm+encoder":
+        if not s.trains_encoder:
             return Stage2Batch(model.context(pictures), ids, ids)
         if s.cache_features:
             return Stage2Batch(None, ids, ids, features=model.encoder.features(pictures))
@@ -155,8 +155,7 @@ def _rehearse(
             models.set_prompt(model.encoder, settings.encoder.prompt)
             model.to(device)
             clock.note("built")
-            bf16 = torch.autocast(device.type, torch.bfloat16, enabled=configured.precision == "bf16")
-            with torch.no_grad(), bf16:
+            with torch.no_grad(), blocks.autocast(device, configured.precision):
                 given = batch(model, _noise(settings, samples).to(device))
             clock.note("prepared")
 

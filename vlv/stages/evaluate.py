@@ -25,6 +25,7 @@ from vlv.tiny import scenes
 from vlv.tiny.counting import score, terms
 from vlv.tiny.recogniser import SceneRecogniser
 from vlv.tiny.scenes import Scene
+from vlv.training import blocks
 
 log = logging.getLogger(__name__)
 
@@ -162,7 +163,7 @@ def _reconstructions(settings: Config, paths: Paths, test: TestSet) -> tuple[dic
     drawn: dict[str, list[Pixels]] = {kind: [] for kind in kinds}
     with (
         torch.no_grad(),
-        torch.autocast(model.device.type, torch.bfloat16),
+        blocks.autocast(model.device, "bf16"),
         meter("Reconstructions", count * len(kinds)) as progress,
     ):
         for rows in batches:

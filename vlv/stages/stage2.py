@@ -48,7 +48,7 @@ def train_captioner(
     device = distributed.join(settings.compute.patience_minutes)
     captioner = Captioner.build(settings, paths)
     captioner.encoder.load_state_dict(encoder.state_dict())
-    captioner.choose(settings)
+    captioner.choose(settings.stage1, settings.stage2)
     captioner.to(device)
     loader = _loader(settings, paths, captioner)
     cut = 0
@@ -83,7 +83,7 @@ def _loader(settings: Config, paths: Paths, captioner: Captioner) -> ShardLoader
         return cache
 
     kept: ShardCache | None = None
-    frozen = s.learn != "mlp+llm+encoder"
+    frozen = not s.trains_encoder
     if frozen or settings.language_model.standardise_context:
         # A learning encoder's context is needed only to be measured once, where it starts.
         needed = entries if frozen else _first(entries, _MEASURED)

@@ -17,7 +17,7 @@ from vlv.io.progress import meter
 from vlv.models.decoders.stable_diffusion import StableDiffusionDecoder
 from vlv.tiny.pretrain_text import WIDTH
 from vlv.tiny.scene_pool import Pool
-from vlv.training import distributed, loop
+from vlv.training import blocks, distributed, loop
 
 log = logging.getLogger(__name__)
 
@@ -80,7 +80,7 @@ def latents(decoder: StableDiffusionDecoder, pixels: torch.Tensor) -> torch.Tens
     parts = []
     with meter("Latents", len(pixels)) as progress:
         for part in pixels.split(100):
-            with torch.autocast("cpu", torch.bfloat16):
+            with blocks.autocast(torch.device("cpu"), "bf16"):
                 parts.append(decoder.encode(part)[0].float())
             progress.advance(len(part))
     return torch.cat(parts)

@@ -78,8 +78,13 @@ def accelerator(settings: Training) -> Accelerator:
     accelerate keeps the first precision that a process asks for and refuses another one, so it is never told the
     precision: the loop's own autocast applies it. Trainable parameters are stored, averaged over the processes and
     updated in float32.
+
+    Raises:
+        ConfigError: the launcher asks for FSDP 1 or for DeepSpeed.
     """
     join()
+    if _is_set("ACCELERATE_USE_DEEPSPEED"):
+        raise ConfigError("The accelerate file asks for DeepSpeed, which is not supported; set distributed_type: FSDP")
     # Without a dtype for parameters, FSDP leaves the casts to autocast, as with one process.
     policy = MixedPrecisionPolicy(reduce_dtype=torch.float32)
     plugin = FullyShardedDataParallelPlugin(mixed_precision_policy=policy) if _is_set("ACCELERATE_USE_FSDP") else None
