@@ -35,7 +35,7 @@ with launch.reporting():
 
 def _fail(fate: str) -> str:
     command = [sys.executable, "-c", _WORKER.format(fate=fate)]
-    before = psutil.Process().children()  # what other tests of this process left is not ours
+    before = psutil.Process().children()  # other tests may have left some
     with pytest.raises(launch.WorkerError) as caught:
         launch.run(command, LAUNCH / "cpu-ddp.yaml", ROOT, projects.environment())
     assert set(psutil.Process().children()) <= set(before), "a worker is left"
@@ -74,7 +74,7 @@ launch.run({command!r}, pathlib.Path({str(LAUNCH / "cpu-ddp.yaml")!r}), pathlib.
 
 
 @pytest.mark.slow
-def test_a_process_that_never_comes_is_an_error_and_no_endless_wait() -> None:
+def test_a_process_that_never_comes_ends_the_wait_with_an_error() -> None:
     program = "from vlv.training import distributed; distributed.join(0.05)"
     alone_of_two = {
         "RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1",
@@ -84,7 +84,7 @@ def test_a_process_that_never_comes_is_an_error_and_no_endless_wait() -> None:
     assert "MissingProcessError: Process 0 of 2 waited 0.05 minutes" in done.stderr, done.stderr
 
 
-def test_plans_for_several_machines_or_unknown_kinds_are_refused(tmp_path: Path) -> None:
+def test_files_for_several_machines_or_of_unknown_kinds_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"for 2 machines.*accelerate launch"):
         launch.read_launch_file(ROOT / "configs" / "cluster" / "ddp-2x8.yaml")
     with pytest.raises(ConfigError, match="cannot be read"):
@@ -120,7 +120,7 @@ def test_the_kubernetes_template_names_every_variable_it_uses() -> None:
 
 
 @pytest.mark.training
-def test_a_stage_starts_its_processes_stops_with_them_and_goes_on_alone(smoke: Path) -> None:
+def test_a_stage_starts_its_processes_stops_with_them_and_resumes_alone(smoke: Path) -> None:
     project = smoke
     params = (project / "params.yaml").read_text(encoding="utf-8")
     launched = f"{params}\ncompute: {{launch: configs/accelerate/cpu-ddp.yaml}}\n"

@@ -1,4 +1,4 @@
-"""What a training costs is summed over its sessions, and counted rather than guessed."""
+"""The costs of a training are counted, and summed over its sessions."""
 
 import time
 from pathlib import Path
@@ -30,7 +30,7 @@ def test_sessions_add_up_and_operations_are_counted(tmp_path: Path) -> None:
 
 
 def test_counting_changes_no_bit(tmp_path: Path) -> None:
-    """A run that is resumed does not count again, so counting must not show in its weights."""
+    """A resumed training does not count again, so counting must not change its weights."""
     counted, not_counted = _Regression(), _Regression()
     loop.train(counted, _batches, SETTINGS, tmp_path / "counted", "same")
     files.write_json(tmp_path / "not" / ledger.NAME, {"flops_per_step": 1})

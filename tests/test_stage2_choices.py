@@ -1,4 +1,4 @@
-"""What Stage 2 may choose: what learns, how batches are made; each against the plain way."""
+"""The choices of Stage 2, each compared with the plain way: what is trained, and how batches are made."""
 
 from pathlib import Path
 
@@ -58,7 +58,7 @@ def _learns_and_comes_back(learn: str, paths: Paths, folder: Path, pictures: boo
     return captioner, moved
 
 
-def test_adapters_learn_are_saved_alone_and_load_strictly(paths: Paths, tmp_path: Path) -> None:
+def test_adapters_are_trained_saved_alone_and_loaded_strictly(paths: Paths, tmp_path: Path) -> None:
     captioner, moved = _learns_and_comes_back("mlp+lora", paths, tmp_path / "model", pictures=False)
     assert any("lora_" in name for name in moved)
     assert all("lora_" in name or name.startswith("prefix.") for name in moved), "the language model itself moved"
@@ -84,7 +84,7 @@ def test_a_new_adapter_changes_nothing_and_an_unknown_target_is_refused(paths: P
         Captioner.build(settings.model_copy(update={"stage2": wrong}), paths)
 
 
-def test_the_encoder_learns_through_the_frozen_text_encoder_and_is_saved(paths: Paths, tmp_path: Path) -> None:
+def test_the_encoder_is_trained_through_the_frozen_text_encoder_and_saved(paths: Paths, tmp_path: Path) -> None:
     captioner, moved = _learns_and_comes_back("mlp+llm+encoder", paths, tmp_path / "model", pictures=True)
     assert {"encoder.queries", "prefix.positions"} <= moved
     assert any(name.startswith("encoder.florence.model.language_model.encoder") for name in moved)
@@ -198,7 +198,7 @@ def test_logits_equal_the_stock_model_on_the_same_embeddings(paths: Paths) -> No
     assert captioner(batch, GENERATOR).item() == pytest.approx(expected.item(), rel=1e-6)
 
 
-def test_features_are_cached_only_where_the_tower_is_frozen_and_the_encoder_learns() -> None:
+def test_features_are_cached_only_for_a_frozen_tower_and_a_trained_encoder() -> None:
     smoke = profile("smoke").model_dump(by_alias=True)
     smoke["stage2"] |= {"cache_features": True}
     with pytest.raises(ValueError, match="a frozen encoder's context is cached anyway"):

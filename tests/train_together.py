@@ -1,4 +1,4 @@
-"""Trainings as the stages do them, small; run by test_parallel in one process, and as a program in several."""
+"""Small trainings as the stages run them. test_parallel runs them in one process, and as a program in several."""
 
 import json
 import os
@@ -24,9 +24,9 @@ STEPS, BATCH = 6, 8
 
 
 def train(stage: str, data: Path, folder: Path, *, accumulation: int = 1, stop_at: int = -1, **changes: Any) -> None:
-    """Stage 1 or 2 for 6 steps of 8 images, on its loss and the keys of its samples in `folder`.
+    """Train Stage 1 or 2 for 6 steps of 8 images; write its losses and the keys of its samples into `folder`.
 
-    `stop_at`: the last process asks itself to stop in this step; the training is then left saved.
+    `stop_at`: the last process asks itself to stop in this step. The training saves and leaves.
     """
     smoke = profile("smoke")
     section = getattr(smoke, stage).model_copy(

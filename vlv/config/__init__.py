@@ -26,7 +26,7 @@ __all__ = [
 ]  # fmt: skip
 
 # Keys that were renamed: old name -> new name. An old key is refused with a message that gives the new one.
-RENAMED: dict[str, str] = {}
+RENAMED: dict[str, str] = {"compute.patience_minutes": "compute.timeout_minutes"}
 
 
 class Config(Section):

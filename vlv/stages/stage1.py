@@ -19,7 +19,7 @@ from vlv.training import distributed, loop
 
 def run(settings: Config, paths: Paths) -> dict[str, Any]:
     """Train on the training images; captions are never read."""
-    device = distributed.join(settings.compute.patience_minutes)
+    device = distributed.join(settings.compute.timeout_minutes)
     model = Autoencoder.build(settings, paths).to(device)
     loader = _loader(settings, paths, model)
 

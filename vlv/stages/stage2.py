@@ -45,7 +45,7 @@ def train_captioner(
 ) -> tuple[Captioner, int]:
     """Stage 2 on an encoder as Stage 1 left it, in `folder`; returns the captioner and how many captions were cut."""
     s = settings.stage2
-    device = distributed.join(settings.compute.patience_minutes)
+    device = distributed.join(settings.compute.timeout_minutes)
     captioner = Captioner.build(settings, paths)
     captioner.encoder.load_state_dict(encoder.state_dict())
     captioner.choose(settings.stage1, settings.stage2)
