@@ -65,7 +65,7 @@ def _replace(path: Path, old: str, new: str) -> None:
     ("io/images.py", "batch.float() / 127.5 - 1.0", "batch.float() / 127.5 - 1.1", MODELS),
     ("training/optim.py", "return warmup * share", "return share", TRAINED),
     ("config/trainable.py", "Parts({TEXT_DECODER})", "Parts({TEXT_ENCODER})", MODELS),
-    ("config/trainable.py", "Parts({LANGUAGE_MODEL})", "Parts({ADAPTERS})", MODELS),
+    ("config/trainable.py", "Parts({LANGUAGE_MODEL})", "Parts({ADAPTERS})", MODELS - {"stage1"}),
     ("models/captioner.py", "if begin is None else", "if begin == 7 else", MODELS - {"stage1"}),
     ("evaluation/metrics.py", "255**2", "256**2", {"evaluate"}),
     ("data/gate.py", "min_value=gate.min_side", "min_value=gate.min_side + 1", {"validate"}),
