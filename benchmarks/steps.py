@@ -27,7 +27,7 @@ from vlv.models import caption_tokens, saved
 from vlv.models.autoencoder import Autoencoder, Stage1Batch
 from vlv.models.caption_tokens import IGNORED
 from vlv.models.captioner import Captioner, Stage2Batch
-from vlv.training import optim, runtime
+from vlv.training import distributed, optim
 
 _WINDOW = 8  # steps whose captions are put in order of length
 _WORDS = 151_936  # Qwen2.5's; the tiny language model knows few, so that its last layer is no work
@@ -110,7 +110,7 @@ def stage1(settings: Config, paths: Paths) -> list[Pair]:
     def loss(model: Autoencoder, batch: Stage1Batch, bf16: bool = True) -> Loss:
         def compute() -> torch.Tensor:
             with _bf16(bf16):
-                value: torch.Tensor = model(batch, runtime.generator(s.seed, 0))
+                value: torch.Tensor = model(batch, distributed.generator(s.seed, 0))
                 return value
 
         return compute
@@ -160,7 +160,7 @@ def stage2(settings: Config, paths: Paths) -> list[Pair]:
             with _bf16():
                 context = batch.context if cached else model.context(batch.images)
                 given = Stage2Batch(context, batch.ids, batch.labels)
-                value: torch.Tensor = model(given, runtime.generator(s.seed, 0))
+                value: torch.Tensor = model(given, distributed.generator(s.seed, 0))
                 return value
 
         return compute
@@ -192,7 +192,7 @@ def _logits(settings: Config, paths: Paths, batch: Stage2Batch) -> Pair:
 
     def ours() -> torch.Tensor:
         with _bf16():
-            loss: torch.Tensor = model(batch, runtime.generator(s.seed, 0))
+            loss: torch.Tensor = model(batch, distributed.generator(s.seed, 0))
             return loss
 
     def stock() -> torch.Tensor:

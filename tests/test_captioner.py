@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 from tests.conftest import profile
 from vlv import config
-from vlv.config import Paths
+from vlv.config import Paths, trainable
 from vlv.models import caption_tokens
 from vlv.models.captioner import Captioner, Stage2Batch
 
@@ -73,9 +73,9 @@ def test_new_weights_are_float32_whatever_the_shipped_ones_are(captioner: Captio
 
 
 def test_what_learns_is_what_was_chosen(captioner: Captioner) -> None:
-    captioner.set_learning("mlp")
+    captioner.set_trainable(trainable.STAGE2["mlp"], trainable.STAGE1["all"])
     assert {n.split(".")[0] for n, p in captioner.named_parameters() if p.requires_grad} == {"prefix"}
-    captioner.set_learning("mlp+llm")
+    captioner.set_trainable(trainable.STAGE2["mlp+llm"], trainable.STAGE1["all"])
     assert {n.split(".")[0] for n, p in captioner.named_parameters() if p.requires_grad} == {"prefix", "language_model"}
 
 

@@ -64,6 +64,8 @@ def _replace(path: Path, old: str, new: str) -> None:
     ("data/loader.py", "+ self._rank * local", "+ self._rank * local + 1", TRAINED),
     ("io/images.py", "batch.float() / 127.5 - 1.0", "batch.float() / 127.5 - 1.1", MODELS),
     ("training/optim.py", "return warmup * share", "return share", TRAINED),
+    ("config/trainable.py", "Parts({TEXT_DECODER})", "Parts({TEXT_ENCODER})", MODELS),
+    ("config/trainable.py", "Parts({LANGUAGE_MODEL})", "Parts({ADAPTERS})", MODELS - {"stage1"}),
     ("models/captioner.py", "if begin is None else", "if begin == 7 else", MODELS - {"stage1"}),
     ("evaluation/metrics.py", "255**2", "256**2", {"evaluate"}),
     ("data/gate.py", "min_value=gate.min_side", "min_value=gate.min_side + 1", {"validate"}),
@@ -82,10 +84,10 @@ def _add(path: Path, text: str) -> None:
 def test_words_plots_logs_and_other_kinds_make_nothing_stale(package: Path) -> None:
     before = _unchanged("tiny")
     _replace(package / "models/encoder.py", "learnable queries and a projection.", "queries.")
-    _replace(package / "training/energy.py", "Joules since it was made", "Joules")
+    _replace(package / "training/ledger.py", "operations and money, summed", "money, summed")
     _replace(package / "evaluation/figures.py", "#3867d6", "#ff0000")
     _replace(package / "training/loop.py", "the loss is {total} at step", "at step")
-    _replace(package / "training/checkpoint.py", "going back to the one before it", "passed over")
+    _replace(package / "training/state.py", "going back to the one before it", "passed over")
     _add(package / "models/decoders/sd3.py", "\n\nNEW = 1\n")
     (package / "models/decoders/new.py").write_text("class NewDecoder: ...\n")
     _replace(package / "config/models.py", '"sd3": "3 and 3.5"', '"sd3": "3 and 3.5", "new": "a new one"')
@@ -160,7 +162,7 @@ def test_every_function_that_a_stage_calls_is_in_its_inputs(smoke: Path) -> None
     assert done.returncode == 0, done.stderr
     called_by: dict[str, list[str]] = files.read_json(smoke / "called.json")
     # The settings check themselves, what they say is an input; `reporting` tells a worker's parent of an error.
-    beside = (*closure.NEUTRAL, "vlv.config", "vlv.stages:", "vlv.training.workers:reporting")
+    beside = (*closure.NEUTRAL, "vlv.config", "vlv.stages:", "vlv.training.launch:reporting")
     for stage in lineage.SETTINGS:
         called = {name for name in called_by[stage] if not name.startswith(beside)}
         found = {f"{s.module}:{s.name}" for s in closure.symbols(lineage.roots(stage, profile("smoke")))}

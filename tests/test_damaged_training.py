@@ -1,4 +1,4 @@
-"""What a training left is damaged before it goes on: it ends in the same figures, and its MLflow run is right."""
+"""The files of a training are damaged before it resumes: its figures are the same, and its MLflow run is right."""
 
 import json
 import logging
@@ -60,18 +60,18 @@ def _steps(project: Paths, run: MlflowRun) -> list[int]:
 
 @pytest.fixture(scope="module")
 def whole(project: Paths) -> tuple[str, float]:
-    """The curve and the last loss of a training that nothing happened to."""
+    """The curve and the last loss of an undamaged training."""
     figures = _train(project, "whole")
     return (project.plots / "whole.csv").read_text(), figures["final_loss"]
 
 
 def _garble_middle(path: Path) -> None:
-    """The line end between two rows is lost, and a third row is no text."""
+    """Remove the line end between two rows, and make a third row something else than text."""
     first, second, third, *rest = path.read_bytes().splitlines(keepends=True)
     path.write_bytes(first[:-9] + second + b"\xff\xfe" + third + b"".join(rest))
 
 
-# The file, what is done to it, and what the warning says; None: nothing, for nothing is lost.
+# The file, the damage, and the warning; None: no warning, because nothing is lost.
 CASES: dict[str, tuple[str, Damage, str | None]] = {
     "curve torn": ("curve.jsonl", lambda path: path.write_bytes(path.read_bytes()[:-20]), None),
     "curve torn further": ("curve.jsonl", lambda path: path.write_bytes(path.read_bytes() + b'{"step": 8, "lo'), None),

@@ -13,13 +13,13 @@ from tests import servers
 from vlv.config import Paths, Tracking
 from vlv.tracking import mirror as mirror_module
 from vlv.tracking.mirror import CLOSE_SECONDS, mirrored
-from vlv.training import runtime
+from vlv.training import distributed
 
 
 @pytest.fixture(autouse=True)
 def training() -> None:
     """As in a stage that trains."""
-    runtime.join()
+    distributed.join()
 
 
 def _records(data: bytes) -> Iterator[bytes]:

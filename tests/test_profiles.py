@@ -10,7 +10,7 @@ from vlv.cli import main as cli
 from vlv.config import Compute, ConfigError, LaunchByStage, Paths
 from vlv.plan import count, gpus, machines
 from vlv.plan.forecast import memory
-from vlv.training import workers
+from vlv.training import launch
 
 pytestmark = pytest.mark.slow
 
@@ -56,16 +56,21 @@ def _for(compute: Compute) -> config.Config:
     return profile("smoke").model_copy(update={"compute": compute})
 
 
-def test_the_machine_is_what_the_configuration_says(paths: Paths) -> None:
-    ddp, fsdp, zero2 = (f"configs/accelerate/{name}.yaml" for name in ("ddp", "fsdp", "zero2"))
+def test_the_machine_is_what_the_configuration_says(paths: Paths, tmp_path: Path) -> None:
+    ddp, fsdp = (f"configs/accelerate/{name}.yaml" for name in ("ddp", "fsdp"))
+    kept = (
+        (ROOT / fsdp).read_text(encoding="utf-8").replace("reshard_after_forward: true", "reshard_after_forward: false")
+    )
+    zero2 = tmp_path / "zero2.yaml"
+    zero2.write_text(kept, encoding="utf-8")
     by_stage = _for(Compute(gpu="L40S", gpus=8, launch=LaunchByStage(stage1=ddp, stage2=fsdp)))
     one, two = (machines.machine(by_stage, paths, stage) for stage in machines.STAGES)
     assert (one.gpu.name, one.count, one.sharding, two.sharding) == ("L40S", 8, "none", "full")
-    assert machines.machine(_for(Compute(gpus=8, launch=zero2)), paths, "stage1").sharding == "zero2"
+    assert machines.machine(_for(Compute(gpus=8, launch=str(zero2))), paths, "stage1").sharding == "zero2"
     alone = machines.machine(_for(Compute()), paths, "stage1")
     assert (alone.gpu.name, alone.count, alone.sharding) == (machines.DEFAULT_GPU, 1, "none")
     assert by_stage.compute.launch_of("evaluate") is None
-    assert machines.sharded(workers.read_plan(ROOT / "configs" / "accelerate" / "cpu-ddp.yaml")) == "none"
+    assert machines.sharded(launch.read_launch_file(ROOT / "configs" / "accelerate" / "cpu-ddp.yaml")) == "none"
 
 
 def test_a_machine_that_contradicts_itself_is_refused(paths: Paths) -> None:

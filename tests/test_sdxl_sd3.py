@@ -12,7 +12,7 @@ from diffusers import StableDiffusion3Pipeline, StableDiffusionXLPipeline
 from tests import small_models
 from tests.conftest import profile
 from vlv import config
-from vlv.config import ConfigError, Paths, Timesteps
+from vlv.config import ConfigError, Paths, Timesteps, trainable
 from vlv.io.preprocessing import Preprocessing
 from vlv.models import build
 from vlv.models.autoencoder import Autoencoder, Stage1Batch
@@ -234,7 +234,7 @@ def test_200_steps_on_four_pictures_lower_the_loss_and_move_nothing_frozen(kind:
     torch.manual_seed(0)
     section = smoke.encoder.model_copy(update={"weights": "pretrained"})
     encoder = build.encoder(section, Preprocessing(16, "bicubic", 64), model.conditioner.width, paths, None)
-    encoder.set_learning("queries_only")
+    encoder.set_trainable(trainable.STAGE1["queries_only"])
     settings = smoke.stage1.model_copy(update={"timesteps": HIGH_NOISE, "draws_per_image": 1})
     autoencoder = Autoencoder(encoder, model, settings)
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""What Stage 2 may choose: what learns, how batches are made; each against the plain way."""
+"""The choices of Stage 2, each compared with the plain way: what is trained, and how batches are made."""
 
 from pathlib import Path
 
@@ -9,7 +9,7 @@ import torch.nn.functional as F
 
 from tests.conftest import profile
 from vlv import config
-from vlv.config import ConfigError, Paths
+from vlv.config import ConfigError, Paths, trainable
 from vlv.data.loader import Grouping, ShardLoader
 from vlv.models import caption_tokens
 from vlv.models.captioner import Captioner, Stage2Batch
@@ -58,7 +58,7 @@ def _learns_and_comes_back(learn: str, paths: Paths, folder: Path, pictures: boo
     return captioner, moved
 
 
-def test_adapters_learn_are_saved_alone_and_load_strictly(paths: Paths, tmp_path: Path) -> None:
+def test_adapters_are_trained_saved_alone_and_loaded_strictly(paths: Paths, tmp_path: Path) -> None:
     captioner, moved = _learns_and_comes_back("mlp+lora", paths, tmp_path / "model", pictures=False)
     assert any("lora_" in name for name in moved)
     assert all("lora_" in name or name.startswith("prefix.") for name in moved), "the language model itself moved"
@@ -84,7 +84,7 @@ def test_a_new_adapter_changes_nothing_and_an_unknown_target_is_refused(paths: P
         Captioner.build(settings.model_copy(update={"stage2": wrong}), paths)
 
 
-def test_the_encoder_learns_through_the_frozen_text_encoder_and_is_saved(paths: Paths, tmp_path: Path) -> None:
+def test_the_encoder_is_trained_through_the_frozen_text_encoder_and_saved(paths: Paths, tmp_path: Path) -> None:
     captioner, moved = _learns_and_comes_back("mlp+llm+encoder", paths, tmp_path / "model", pictures=True)
     assert {"encoder.queries", "prefix.positions"} <= moved
     assert any(name.startswith("encoder.florence.model.language_model.encoder") for name in moved)
@@ -198,10 +198,30 @@ def test_logits_equal_the_stock_model_on_the_same_embeddings(paths: Paths) -> No
     assert captioner(batch, GENERATOR).item() == pytest.approx(expected.item(), rel=1e-6)
 
 
-def test_features_are_cached_only_where_the_tower_is_frozen_and_the_encoder_learns() -> None:
+def test_features_are_cached_only_for_a_frozen_tower_and_a_trained_encoder() -> None:
     smoke = profile("smoke").model_dump(by_alias=True)
     smoke["stage2"] |= {"cache_features": True}
     with pytest.raises(ValueError, match="a frozen encoder's context is cached anyway"):
         config.Config.model_validate(smoke)
     smoke["stage2"] |= {"learn": "mlp+llm+encoder"}
     assert config.Config.model_validate(smoke).stage2.cache_features
+
+
+@pytest.mark.parametrize(("stage", "table"), [("stage1", trainable.STAGE1), ("stage2", trainable.STAGE2)])
+def test_every_row_of_the_table_is_a_choice_and_nothing_else_is(stage: str, table: dict[str, trainable.Parts]) -> None:
+    smoke = profile("smoke").model_dump(by_alias=True)
+    smoke["stage1"]["cache_features"] = False
+    for learn in table:
+        smoke[stage]["learn"] = learn
+        assert getattr(config.Config.model_validate(smoke), stage).trained_parts == table[learn]
+    smoke[stage]["learn"] = "everything"
+    with pytest.raises(ValueError, match=f"'everything' is not one of: {', '.join(table)}".replace("+", r"\+")):
+        config.Config.model_validate(smoke)
+
+
+def test_a_new_choice_is_one_row(paths: Paths, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The encoder and the prefix, with a frozen language model, is a choice that the table does not have."""
+    rows = {**trainable.STAGE2, "mlp+encoder": trainable.Parts({trainable.ENCODER})}
+    monkeypatch.setattr(trainable, "STAGE2", rows)
+    captioner = Captioner.build(_smoke("mlp+encoder"), paths)
+    assert {name.split(".")[0] for name, p in captioner.named_parameters() if p.requires_grad} == {"encoder", "prefix"}

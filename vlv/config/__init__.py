@@ -27,6 +27,7 @@ __all__ = [
 
 # Keys that were renamed: old name -> new name. An old key is refused with a message that gives the new one.
 RENAMED: dict[str, str] = {
+    "compute.patience_minutes": "compute.timeout_minutes",
     "decoder.use_t5": "decoder.options.use_t5",
     "evaluate.untrained_floor": "evaluate.untrained_baseline",
 }
@@ -51,24 +52,21 @@ class Config(Section):
     def _check(self) -> "Config":
         if self.evaluate.reconstructions > self.evaluate.captions:
             raise ValueError("evaluate.reconstructions must not exceed evaluate.captions")
-        if self.stage2.cache_features and (self.stage2.learn != "mlp+llm+encoder" or self.stage1.learn == "all"):
+        if self.stage2.cache_features and (not self.stage2.trains_encoder or self.stage1.trains_vision_tower):
             raise ValueError(
-                "stage2.cache_features is for stage2.learn mlp+llm+encoder with a frozen vision tower (stage1.learn "
-                "not all): a frozen encoder's context is cached anyway, a learning tower has nothing to keep"
+                f"stage2.cache_features needs a stage2.learn that trains the encoder and a stage1.learn that keeps the "
+                f"vision tower frozen, not {self.stage2.learn} and {self.stage1.learn}: a frozen encoder's context is "
+                f"cached anyway, and a trained tower has no fixed features"
             )
         if self.encoder.drop_path and (self.stage1.cache_features or self.stage2.cache_features):
             raise ValueError(
                 "encoder.drop_path changes the vision tower's features in each step: set stage1.cache_features and "
                 "stage2.cache_features to false"
             )
-        if (
-            self.stage2.learn == "mlp+llm+encoder"
-            and not self.stage2.queries_learn
-            and self.stage1.learn == "queries_only"
-        ):
+        if self.stage2.trains_encoder and not self.stage2.queries_learn and not self.stage1.trained_parts:
             raise ValueError(
-                "with stage1.learn queries_only and stage2.queries_learn false nothing of the encoder learns in "
-                "Stage 2: set stage2.learn to mlp+llm"
+                f"with stage1.learn {self.stage1.learn} and stage2.queries_learn false, Stage 2 trains nothing of the "
+                f"encoder: choose a stage2.learn without it, such as mlp+llm"
             )
         return self
 

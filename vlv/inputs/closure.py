@@ -31,8 +31,7 @@ NEUTRAL = (
     "vlv.io.telemetry",  # switches of libraries
     "vlv.io.progress",  # the screen
     "vlv.evaluation.figures",  # plots and cards
-    "vlv.training.energy",  # costs
-    "vlv.training.ledger",
+    "vlv.training.ledger",  # costs
 )
 
 # Decorators that leave it to callers whether a method runs. Any other may register it somewhere.

@@ -121,7 +121,7 @@ class Autoencoder(nn.Module):
         torch.manual_seed(settings.stage1.seed)
         decoder = build.decoder(settings.decoder, paths)
         encoder = build_encoder(settings, decoder.conditioner.width, paths)
-        encoder.set_learning(settings.stage1.learn)
+        encoder.set_trainable(settings.stage1.trained_parts)
         return Autoencoder(encoder, decoder, settings.stage1)
 
     @staticmethod

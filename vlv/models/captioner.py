@@ -10,14 +10,14 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from vlv.config import Config, Generation, Paths
+from vlv.config import Config, Generation, Paths, Stage1, Stage2, trainable
 from vlv.dropout import Masks
 from vlv.io import images
 from vlv.models import build, language_model, saved
 from vlv.models.autoencoder import build_encoder
 from vlv.models.caption_tokens import IGNORED
 from vlv.models.decoders.base import Conditioner
-from vlv.models.encoder import CaptionEncoder, Learn
+from vlv.models.encoder import CaptionEncoder
 
 KIND = "captioner"
 PARTS = ["encoder", "decoder", "language_model"]
@@ -113,24 +113,24 @@ class Captioner(nn.Module):
             raise ValueError("this language model was built from its architecture alone, without a tokenizer")
         return self._tokenizer
 
-    def set_learning(self, learn: str, in_encoder: Learn = "language_model", *, queries: bool = True) -> None:
-        """mlp: the prefix; mlp+llm: the language model too; mlp+lora: its adapters; mlp+llm+encoder: all of these.
+    def set_trainable(self, parts: trainable.Parts, of_encoder: trainable.Parts, *, queries: bool = True) -> None:
+        """Train the prefix and `parts` (a row of `trainable.STAGE2`); freeze everything else.
 
-        `in_encoder` says what learns in an encoder that does, `queries` whether its queries and projection do too;
-        conditioning stays frozen always.
+        `of_encoder` (a row of `trainable.STAGE1`) and `queries` say what is trained in an encoder that is among
+        `parts`. The conditioner always stays frozen.
         """
         self.requires_grad_(False)
-        if learn == "mlp+llm+encoder":
-            self.encoder.set_learning(in_encoder, queries=queries)
+        if trainable.ENCODER in parts:
+            self.encoder.set_trainable(of_encoder, queries=queries)
         self.prefix.requires_grad_(True)
-        if learn in ("mlp+llm", "mlp+llm+encoder"):
+        if trainable.LANGUAGE_MODEL in parts:
             self.language_model.requires_grad_(True)
-        elif learn == "mlp+lora":
+        if trainable.ADAPTERS in parts:
             language_model.train_adapters(self.language_model)
 
-    def choose(self, settings: Config) -> None:
-        """What learns in Stage 2, as configured."""
-        self.set_learning(settings.stage2.learn, settings.stage1.learn, queries=settings.stage2.queries_learn)
+    def choose(self, stage1: Stage1, stage2: Stage2) -> None:
+        """Train in Stage 2 what the configuration says."""
+        self.set_trainable(stage2.trained_parts, stage1.trained_parts, queries=stage2.queries_learn)
 
     @torch.no_grad()
     def context(self, batch: torch.Tensor) -> torch.Tensor:
@@ -215,9 +215,9 @@ class Captioner(nn.Module):
 
     def trained(self, settings: Config) -> dict[str, torch.Tensor]:
         """Tensors, by name, that Stage 1 or Stage 2 changed: what a saved captioner holds."""
-        self.encoder.set_learning(settings.stage1.learn)
+        self.encoder.set_trainable(settings.stage1.trained_parts)
         by_stage_1 = {f"encoder.{n}": p for n, p in self.encoder.named_parameters() if p.requires_grad}
-        self.choose(settings)
+        self.choose(settings.stage1, settings.stage2)
         statistics = {"prefix.mean": self.prefix.mean, "prefix.std": self.prefix.std}
         return by_stage_1 | {n: p for n, p in self.named_parameters() if p.requires_grad} | statistics
 
@@ -234,10 +234,10 @@ class Captioner(nn.Module):
         prefix = Prefix(queries, conditioner.width, section.prefix_width, width, positions=section.prefix_positions)
         words = language_model.tokenizer(section, paths)
         tokens = settings.stage2.max_caption_tokens
-        if settings.stage2.learn == "mlp+lora":
+        if settings.stage2.trains_adapters:
             language_model.insert_adapters(writer, settings.stage2.lora)
         captioner = Captioner(encoder, conditioner, prefix, writer, words, section.generation, tokens)
-        captioner.choose(settings)
+        captioner.choose(settings.stage1, settings.stage2)
         return captioner
 
     @staticmethod

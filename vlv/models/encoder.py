@@ -5,18 +5,16 @@ encoder, are the caption embeddings.
 """
 
 from pathlib import Path
-from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 from transformers import Florence2ForConditionalGeneration, PreTrainedTokenizerBase
 
+from vlv.config import trainable
 from vlv.dropout import DropPath, Masks, dropping
 from vlv.io import files, images
 from vlv.io.preprocessing import Preprocessing
-
-Learn = Literal["language_model", "decoder_only", "all", "queries_only"]
 
 
 class Projection(nn.Module):
@@ -97,24 +95,23 @@ class CaptionEncoder(nn.Module):
         self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1), persistent=False)
 
-    def set_learning(self, learn: Learn, *, queries: bool = True) -> None:
-        """Choose what learns; everything else is frozen.
+    def set_trainable(self, parts: trainable.Parts, *, queries: bool = True) -> None:
+        """Train `parts` (a row of `trainable.STAGE1`), the queries and the projection; freeze everything else.
 
-        language_model: BART encoder and decoder, queries, projection (the released script's choice);
-        decoder_only: BART decoder, queries, projection; all: the vision tower too; queries_only: queries and
-        projection. Word embeddings learn only where a prompt uses them, the word head never (nothing reads it).
-        `queries`: False keeps queries and projection frozen.
+        Word embeddings are trained only with the text encoder, and only where a prompt uses them. The word head is
+        never trained, because nothing uses its output. `queries`: False keeps queries and projection frozen.
         """
         self.requires_grad_(False)
-        language = self.florence.model.language_model
-        match learn:
-            case "all":
-                self.florence.requires_grad_(True)
-            case "language_model":
-                language.requires_grad_(True)
-            case "decoder_only":
-                language.decoder.requires_grad_(True)
-        words = len(self.prompt_ids) > 0 and learn in ("all", "language_model")
+        model = self.florence.model
+        modules = {
+            trainable.VISION_TOWER: (model.vision_tower, model.multi_modal_projector),
+            trainable.TEXT_ENCODER: (model.language_model.encoder,),
+            trainable.TEXT_DECODER: (model.language_model.decoder,),
+        }
+        for part in parts:
+            for module in modules[part]:
+                module.requires_grad_(True)
+        words = len(self.prompt_ids) > 0 and trainable.TEXT_ENCODER in parts
         self.florence.get_input_embeddings().requires_grad_(words)
         if not words:
             self.florence.lm_head.requires_grad_(False)

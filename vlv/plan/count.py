@@ -139,7 +139,7 @@ def stage2(
     width = whole.decoder.conditioner.width
     prefix, language_model = models.language_side(settings, paths, width, mode, target)
     size, tokens = settings.data.image_size, caption_tokens or s.max_caption_tokens
-    learns = s.learn == "mlp+llm+encoder"
+    learns = s.trains_encoder
     prepared = [steps.CONTEXT] if not learns else [steps.TOWER] if s.cache_features else []
 
     def step(samples: int, at: Recorder) -> torch.Tensor:

@@ -6,7 +6,7 @@ from typing import Any, Literal
 from vlv.config import Config, ConfigError, Paths, Stage1
 from vlv.plan import count, gpus
 from vlv.plan.forecast import Machine, Sharding, memory, per_gpu, usable
-from vlv.training import workers
+from vlv.training import launch
 
 StageName = Literal["stage1", "stage2"]
 STAGES: tuple[StageName, ...] = ("stage1", "stage2")
@@ -20,13 +20,13 @@ def machine(settings: Config, paths: Paths, stage: StageName) -> Machine:
         UnknownGpuError: no such GPU in the table.
         ConfigError: no such file, or one that starts another number of processes than `compute.gpus`.
     """
-    compute, launch = settings.compute, settings.compute.launch_of(stage)
+    compute, launch_file = settings.compute, settings.compute.launch_of(stage)
     sharding: Sharding = "none"
-    if launch is not None:
-        plan = workers.read_plan(paths.root / launch)
+    if launch_file is not None:
+        plan = launch.read_launch_file(paths.root / launch_file)
         if plan["num_processes"] != compute.gpus:
             raise ConfigError(
-                f"compute.gpus is {compute.gpus}, but {launch}, which {stage} is started with, has num_processes "
+                f"compute.gpus is {compute.gpus}, but {launch_file}, which {stage} is started with, has num_processes "
                 f"{plan['num_processes']}: make them equal"
             )
         sharding = sharded(plan)
@@ -35,15 +35,10 @@ def machine(settings: Config, paths: Paths, stage: StageName) -> Machine:
 
 def sharded(plan: dict[str, Any]) -> Sharding:
     """What the processes of an accelerate file share."""
-    match plan.get("distributed_type"):
-        case "FSDP":
-            # Kept whole from the forward to the backward pass, what learns takes the memory that it takes in ZeRO-2.
-            return "full" if plan.get("fsdp_config", {}).get("fsdp_reshard_after_forward", True) else "zero2"
-        case "DEEPSPEED":
-            shares: dict[int, Sharding] = {2: "zero2", 3: "full"}
-            return shares.get(plan.get("deepspeed_config", {}).get("zero_stage"), "none")
-        case _:
-            return "none"
+    if plan.get("distributed_type") != "FSDP":
+        return "none"
+    # Kept whole from the forward to the backward pass, what learns takes the memory that it takes in ZeRO-2.
+    return "full" if plan.get("fsdp_config", {}).get("fsdp_reshard_after_forward", True) else "zero2"
 
 
 def micro_batch(settings: Config, stage: StageName, machine: Machine) -> int:

@@ -50,9 +50,9 @@ def autoencoder(
     with torch.device("meta"):
         model = Autoencoder.build(without_weights(settings), paths)
         set_prompt(model.encoder, settings.encoder.prompt)
-    if isinstance(training, Stage1) or settings.stage2.learn == "mlp+llm+encoder":
+    if isinstance(training, Stage1) or settings.stage2.trains_encoder:
         queries = isinstance(training, Stage1) or settings.stage2.queries_learn
-        model.encoder.set_learning(settings.stage1.learn, queries=queries)
+        model.encoder.set_trainable(settings.stage1.trained_parts, queries=queries)
     else:
         model.requires_grad_(False)
     _store_frozen(model, training)
@@ -83,10 +83,10 @@ def language_side(
         prefix = Prefix(
             settings.encoder.queries, context_width, section.prefix_width, width, positions=section.prefix_positions
         )
-        if settings.stage2.learn == "mlp+lora":
+        if settings.stage2.trains_adapters:
             language_model.insert_adapters(model, settings.stage2.lora)
-    model.requires_grad_(settings.stage2.learn in ("mlp+llm", "mlp+llm+encoder"))
-    if settings.stage2.learn == "mlp+lora":
+    model.requires_grad_(settings.stage2.trains_language_model)
+    if settings.stage2.trains_adapters:
         language_model.train_adapters(model)
     _store_frozen(model, settings.stage2)
     _attend(model, target)

@@ -22,7 +22,7 @@ from vlv.models.captioner import Captioner, Stage2Batch
 from vlv.plan import count, forecast, models
 from vlv.plan.memory import PeakMemory
 from vlv.plan.stand_ins import Target
-from vlv.training import loop, runtime
+from vlv.training import blocks, distributed, loop
 
 GIB = forecast.GIB
 M = TypeVar("M", Autoencoder, Captioner)
@@ -70,7 +70,7 @@ def stage1(settings: Config, paths: Paths, samples: int = 1) -> Rehearsed:
         TooLargeError: the forecast says that it does not fit.
     """
     s = settings.stage1
-    device = runtime.join()
+    device = distributed.join()
 
     def batch(model: Autoencoder, pictures: torch.Tensor) -> Stage1Batch:
         cached: dict[str, torch.Tensor] = {}
@@ -91,12 +91,12 @@ def stage2(settings: Config, paths: Paths, samples: int = 1) -> Rehearsed:
         TooLargeError: the forecast says that it does not fit.
     """
     s = settings.stage2
-    device = runtime.join()
+    device = distributed.join()
 
     def batch(model: Captioner, pictures: torch.Tensor) -> Stage2Batch:
         words = model.language_model.get_input_embeddings().weight.shape[0]
         ids = torch.randint(0, words, (samples, s.max_caption_tokens), generator=torch.Generator().manual_seed(s.seed))
-        if s.learn != "mlp+llm+encoder":
+        if not s.trains_encoder:
             return Stage2Batch(model.context(pictures), ids, ids)
         if s.cache_features:
             return Stage2Batch(None, ids, ids, features=model.encoder.features(pictures))
@@ -155,8 +155,7 @@ def _rehearse(
             models.set_prompt(model.encoder, settings.encoder.prompt)
             model.to(device)
             clock.note("built")
-            bf16 = torch.autocast(device.type, torch.bfloat16, enabled=configured.precision == "bf16")
-            with torch.no_grad(), bf16:
+            with torch.no_grad(), blocks.autocast(device, configured.precision):
                 given = batch(model, _noise(settings, samples).to(device))
             clock.note("prepared")
 

@@ -13,6 +13,7 @@ from vlv.models import saved
 from vlv.models.autoencoder import Autoencoder
 from vlv.models.captioner import Captioner
 from vlv.stages import lineage, stage2
+from vlv.training import blocks
 
 RECONSTRUCTION = "reconstruction"
 
@@ -65,7 +66,7 @@ def pictures(
     drawn: dict[str, list[Pixels]] = {kind: [] for kind in kinds}
     with (
         torch.no_grad(),
-        torch.autocast(model.device.type, torch.bfloat16),
+        blocks.autocast(model.device, "bf16"),
         meter("Reconstructions", count * len(kinds)) as progress,
     ):
         for i in range(0, count, e.batch_size):

@@ -16,7 +16,7 @@ from vlv.stages import adoption
 from vlv.stages.lineage import Origin
 from vlv.tracking.mirror import mirrored
 from vlv.tracking.run import flatten
-from vlv.training import ledger, runtime
+from vlv.training import distributed, ledger
 
 
 class Record:
@@ -38,7 +38,7 @@ class Record:
 
     def result(self) -> dict[str, Any]:
         """The figures as written; none in a process that does not write."""
-        if not runtime.is_main():
+        if not distributed.is_main():
             return {}
         figures: dict[str, Any] = files.read_json(self.paths.metrics / f"{self.stage}.json")
         return figures
@@ -53,7 +53,7 @@ def training_record(
     At the end the curve goes to plots/STAGE.csv and .png, the figures to metrics/STAGE.json, all of it and the
     model to the run, and the checkpoints are removed. Of several processes the main one does all this.
     """
-    if not runtime.is_main():
+    if not distributed.is_main():
         yield lambda step, values: None
         return
     curve = record.training / "curve.jsonl"

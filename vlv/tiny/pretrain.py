@@ -23,6 +23,7 @@ from vlv.tiny import pretrain_text as text
 from vlv.tiny import pretrain_vision as vision
 from vlv.tiny.recogniser import SceneRecogniser
 from vlv.tiny.scene_pool import Pool, draw
+from vlv.training import blocks
 
 log = logging.getLogger(__name__)
 
@@ -171,7 +172,7 @@ def check_teacher(paths: Paths, decoder: StableDiffusionDecoder, held_out: Pool)
     judge = SceneRecogniser.load(_folder(paths, "recogniser"))
     figures = {}
     for guidance in (1.0, 2.0, 3.0):
-        with torch.autocast("cpu", torch.bfloat16):
+        with blocks.autocast(torch.device("cpu"), "bf16"):
             context = decoder.embed_text(held_out.captions[:_CHECKED]).float()
             drawn = torch.cat(
                 [

@@ -23,7 +23,7 @@ from vlv.io.progress import meter
 from vlv.models.decoders.stable_diffusion import StableDiffusionDecoder
 from vlv.tiny.pretrain_text import WIDTH
 from vlv.tiny.scene_pool import Pool, indices
-from vlv.training import loop, runtime
+from vlv.training import blocks, distributed, loop
 
 PATCH = 2
 VAE = Training(
@@ -172,7 +172,7 @@ def latents(decoder: StableDiffusionDecoder, pixels: torch.Tensor) -> torch.Tens
     parts = []
     with meter("Latents", len(pixels)) as progress:
         for part in pixels.split(100):
-            with torch.autocast("cpu", torch.bfloat16):
+            with blocks.autocast(torch.device("cpu"), "bf16"):
                 parts.append(decoder.encode(part)[0].float())
             progress.advance(len(part))
     return torch.cat(parts)
@@ -190,7 +190,7 @@ def pretrain_unet(decoder: StableDiffusionDecoder, pool: Pool, singles: Pool, fo
     def batches(start: int) -> Iterator[object]:
         step = start
         while True:
-            draw = runtime.generator(UNET.seed, step, stream=1)
+            draw = distributed.generator(UNET.seed, step, stream=1)
             easy = step < until and float(torch.rand((), generator=draw)) < share
             low, high = (len(pool), len(latent)) if easy else (0, len(latent) if step < until else len(pool))
             chosen = torch.randint(low, high, (UNET.batch_size,), generator=draw)

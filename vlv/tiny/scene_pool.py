@@ -8,7 +8,7 @@ import torch
 from vlv.config import Paths, ScenesSource
 from vlv.io import assets, images
 from vlv.tiny import scenes
-from vlv.training import runtime
+from vlv.training import distributed
 
 # The pretraining draws from random streams of its own, so its scenes are not those of data/.
 _STREAM = 7_100_000
@@ -49,4 +49,4 @@ def draw(
 
 def indices(count: int, batch: int, seed: int, step: int) -> torch.Tensor:
     """The samples that step `step` takes, out of `count`: (batch,) int64, with replacement."""
-    return torch.randint(count, (batch,), generator=runtime.generator(seed, step, stream=1))
+    return torch.randint(count, (batch,), generator=distributed.generator(seed, step, stream=1))

@@ -1,10 +1,10 @@
-"""Checkpoints in the middle of a stage: all state, verified, atomic, the newest two kept.
+"""Checkpoints: the whole state of a training, verified and written atomically. The newest two are kept.
 
-A checkpoint is a folder step-NNNNNNNN with weights, optimizer state and averages as safetensors and
-state.json; its manifest with the hash of each file is written last, and the folder is renamed into place.
-Whatever kills the writer, the newest folder that verifies is whole. Randomness needs no state: every draw is a
-function of (seed, step). Tensors are whole whatever the number of processes that trained, so any other number
-can go on from them.
+A checkpoint is a folder step-NNNNNNNN. It holds the weights, the optimizer's state and the weight averages as
+safetensors, and state.json. The manifest with the hash of each file is written last; then the folder is renamed into
+place. If the writer is killed at any point, the newest folder that verifies is complete. The RNG needs no state: every
+random number is a function of (seed, step). The tensors are full ones (not sharded), so a training can resume with any
+number of processes.
 """
 
 import logging
@@ -19,7 +19,7 @@ import safetensors.torch
 import torch
 
 from vlv.io import files
-from vlv.training import parallel
+from vlv.training import distributed
 
 log = logging.getLogger(__name__)
 
@@ -34,17 +34,17 @@ class CheckpointError(RuntimeError):
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """State after `step` finished steps. `fingerprint` names the training it belongs to."""
+    """State after `step` finished steps. `input_hash` names the training that it belongs to."""
 
     step: int
-    fingerprint: str
+    input_hash: str
     weights: Mapping[str, torch.Tensor]
     optimizer: Mapping[str, torch.Tensor]
     averages: Mapping[str, torch.Tensor]
 
 
 class _Stored(Mapping[str, torch.Tensor]):
-    """The tensors of a file, each read when it is asked for: processes on one machine do not hold a copy each."""
+    """The tensors of a file, each read on demand, so that several processes on one machine hold no copy each."""
 
     def __init__(self, path: Path) -> None:
         self._file = cast(Any, safetensors.safe_open)(path, "pt")
@@ -54,7 +54,7 @@ class _Stored(Mapping[str, torch.Tensor]):
         if name not in self._names:
             raise KeyError(name)
         tensor: torch.Tensor = self._file.get_tensor(name)
-        return tensor.clone()  # what it gives is the mapped file, which goes when newer checkpoints come
+        return tensor.clone()  # it is a view of the mapped file, which is removed after newer checkpoints
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._names)
@@ -64,14 +64,18 @@ class _Stored(Mapping[str, torch.Tensor]):
 
 
 def save(folder: Path, checkpoint: Checkpoint) -> Path:
-    """Write atomically and drop all but the newest two. A full disk raises `OSError` and harms no older one."""
+    """Write a checkpoint atomically and remove all but the newest two.
+
+    Raises:
+        OSError: the disk is full. Older checkpoints stay as they are.
+    """
     target = folder / f"step-{checkpoint.step:08d}"
     with files.atomic_folder(target) as temporary:
         for name in ("weights", "optimizer", "averages"):
             tensors: Mapping[str, torch.Tensor] = getattr(checkpoint, name)
             contents = {key: tensor.detach().to("cpu").contiguous() for key, tensor in tensors.items()}
             safetensors.torch.save_file(contents, temporary / f"{name}.safetensors")
-        files.write_json(temporary / "state.json", {"step": checkpoint.step, "fingerprint": checkpoint.fingerprint})
+        files.write_json(temporary / "state.json", {"step": checkpoint.step, "input_hash": checkpoint.input_hash})
         hashes = {file.name: files.sha256_file(file) for file in sorted(temporary.iterdir())}
         files.write_json(temporary / _MANIFEST, hashes)
     for old in sorted(folder.glob("step-*"))[:-_KEEP]:
@@ -90,7 +94,7 @@ def _verifies(folder: Path) -> bool:
 
 
 def newest(folder: Path) -> int:
-    """Steps of the newest checkpoint that verifies; 0 if there is none. Damaged ones are passed over with a warning."""
+    """The step of the newest checkpoint that verifies; 0 if there is none. Damaged ones are skipped with a warning."""
     for candidate in sorted(folder.glob("step-*"), reverse=True):
         number = candidate.name.removeprefix("step-")
         if number.isdecimal() and _verifies(candidate):
@@ -99,11 +103,11 @@ def newest(folder: Path) -> int:
     return 0
 
 
-def load(folder: Path, step: int, fingerprint: str) -> Checkpoint:
-    """The checkpoint after `step` steps, its tensors still on disk.
+def load(folder: Path, step: int, input_hash: str) -> Checkpoint:
+    """The checkpoint after `step` steps. Its tensors are read when they are used.
 
     Raises:
-        CheckpointError: it was written by a training with other settings or data, or it is not there.
+        CheckpointError: it is missing, or a training with other settings or data wrote it.
     """
     path = folder / f"step-{step:08d}"
     if not path.exists():
@@ -111,13 +115,13 @@ def load(folder: Path, step: int, fingerprint: str) -> Checkpoint:
             f"{path} is not there for this process. All machines need the project folder on a file system they share."
         )
     state = files.read_json_object(path / "state.json")
-    if state["fingerprint"] != fingerprint:
+    if state.get("input_hash") != input_hash:
         raise CheckpointError(
             f"{path} belongs to a training with other settings, data or base models. "
             f"Move or delete {folder} to start anew."
         )
-    parts = [_Stored(path / f"{name}.safetensors") for name in ("weights", "optimizer", "averages")]
-    return Checkpoint(state["step"], state["fingerprint"], *parts)
+    tensors = [_Stored(path / f"{name}.safetensors") for name in ("weights", "optimizer", "averages")]
+    return Checkpoint(state["step"], state["input_hash"], *tensors)
 
 
 def optimizer_tensors(
@@ -136,15 +140,15 @@ def restore_optimizer(
     parameters: Mapping[str, torch.nn.Parameter],
     tensors: Mapping[str, torch.Tensor],
 ) -> None:
-    """Inverse of `optimizer_tensors`, for parameters as they lie here: on a CPU, on a GPU, or sharded."""
+    """Inverse of `optimizer_tensors`, for parameters on a CPU, on a GPU, or sharded."""
     for name, parameter in parameters.items():
-        state = {key: parallel.laid_out(tensors[f"{name}/{key}"], parameter) for key in ("exp_avg", "exp_avg_sq")}
+        state = {key: distributed.shard_like(tensors[f"{name}/{key}"], parameter) for key in ("exp_avg", "exp_avg_sq")}
         step = tensors[f"{name}/step"]
         optimizer.state[parameter] = {**state, "step": step.to(parameter.device)}
 
 
 def restore_weights(parameters: Mapping[str, torch.nn.Parameter], tensors: Mapping[str, torch.Tensor]) -> None:
-    """Copy saved weights into `parameters`; the names must be exactly the same.
+    """Copy saved weights into `parameters`. The names must be exactly the same.
 
     Raises:
         CheckpointError: names or shapes differ; the message lists them.

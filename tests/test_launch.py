@@ -1,4 +1,4 @@
-"""The processes of one training: started by the stage, ended together, their first error told once."""
+"""The processes of one training: the stage starts them, they end together, and their first error is shown once."""
 
 import json
 import os
@@ -18,15 +18,15 @@ from tests.conftest import ROOT
 from vlv import config
 from vlv.config import ConfigError
 from vlv.io import files
-from vlv.training import workers
+from vlv.training import launch
 
 LAUNCH = ROOT / "configs" / "accelerate"
 
 _WORKER = """
 import os, sys, time
 from vlv.config import ConfigError
-from vlv.training import workers
-with workers.reporting():
+from vlv.training import launch
+with launch.reporting():
     if os.environ["RANK"] == "1":
         {fate}
     time.sleep(600)
@@ -35,9 +35,9 @@ with workers.reporting():
 
 def _fail(fate: str) -> str:
     command = [sys.executable, "-c", _WORKER.format(fate=fate)]
-    before = psutil.Process().children()  # what other tests of this process left is not ours
-    with pytest.raises(workers.WorkerError) as caught:
-        workers.run(command, LAUNCH / "cpu-ddp.yaml", ROOT, projects.environment())
+    before = psutil.Process().children()  # other tests may have left some
+    with pytest.raises(launch.WorkerError) as caught:
+        launch.run(command, LAUNCH / "cpu-ddp.yaml", ROOT, projects.environment())
     assert set(psutil.Process().children()) <= set(before), "a worker is left"
     return str(caught.value)
 
@@ -52,12 +52,13 @@ def test_a_process_that_is_killed_is_named() -> None:
     assert message.startswith("Process 1 of 2 processes was killed by SIGKILL") and message.endswith("last words")
 
 
-def test_processes_end_when_their_parent_is_killed() -> None:
+@pytest.mark.parametrize("seconds", [0.0, 2.0], ids=["before they are up", "while they work"])
+def test_processes_end_when_their_parent_is_killed(seconds: float) -> None:
     command = [sys.executable, "-c", _WORKER.format(fate="pass")]
     program = f"""
 import os, pathlib
-from vlv.training import workers
-workers.run({command!r}, pathlib.Path({str(LAUNCH / "cpu-ddp.yaml")!r}), pathlib.Path({str(ROOT)!r}), dict(os.environ))
+from vlv.training import launch
+launch.run({command!r}, pathlib.Path({str(LAUNCH / "cpu-ddp.yaml")!r}), pathlib.Path({str(ROOT)!r}), dict(os.environ))
 """
     parent = subprocess.Popen([sys.executable, "-c", program], env=projects.environment(), cwd=ROOT)
     children: list[psutil.Process] = []
@@ -65,7 +66,7 @@ workers.run({command!r}, pathlib.Path({str(LAUNCH / "cpu-ddp.yaml")!r}), pathlib
     while len(children) < 2 and time.monotonic() < deadline:
         children = psutil.Process(parent.pid).children()
         time.sleep(0.1)
-    time.sleep(1.0)  # until they watch
+    time.sleep(seconds)
     parent.kill()
     parent.wait()
     _, alive = psutil.wait_procs(children, timeout=10)
@@ -73,23 +74,23 @@ workers.run({command!r}, pathlib.Path({str(LAUNCH / "cpu-ddp.yaml")!r}), pathlib
 
 
 @pytest.mark.slow
-def test_a_process_that_never_comes_is_an_error_and_no_endless_wait() -> None:
-    program = "from vlv.training import runtime; runtime.join(0.05)"
+def test_a_process_that_never_comes_ends_the_wait_with_an_error() -> None:
+    program = "from vlv.training import distributed; distributed.join(0.05)"
     alone_of_two = {
         "RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(workers._free_port()), "ACCELERATE_USE_CPU": "true",
+        "MASTER_PORT": str(launch.free_port()), "ACCELERATE_USE_CPU": "true",
     }  # fmt: skip
     done = projects.run(projects.python("-c", program), ROOT, timeout=120, **alone_of_two)
     assert "MissingProcessError: Process 0 of 2 waited 0.05 minutes" in done.stderr, done.stderr
 
 
-def test_plans_for_several_machines_or_unknown_kinds_are_refused(tmp_path: Path) -> None:
+def test_files_for_several_machines_or_of_unknown_kinds_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"for 2 machines.*accelerate launch"):
-        workers.read_plan(ROOT / "configs" / "cluster" / "ddp-2x8.yaml")
+        launch.read_launch_file(ROOT / "configs" / "cluster" / "ddp-2x8.yaml")
     with pytest.raises(ConfigError, match="cannot be read"):
-        workers.read_plan(tmp_path / "missing.yaml")
+        launch.read_launch_file(tmp_path / "missing.yaml")
     with pytest.raises(ConfigError, match="MEGATRON_LM is not one of"):
-        workers.plan_variables({"num_processes": 2, "distributed_type": "MEGATRON_LM"})
+        launch.accelerate_variables({"num_processes": 2, "distributed_type": "MEGATRON_LM"})
 
 
 _FILES = sorted(p for name in ("accelerate", "cluster") for p in (ROOT / "configs" / name).glob("*.yaml"))
@@ -102,8 +103,8 @@ def test_accelerate_reads_the_shipped_files() -> None:
         read = load_config_from_file(str(path))
         assert read.num_processes % read.num_machines == 0, path
         if path.parent.name == "accelerate":
-            assert workers.read_plan(path)["num_processes"] == read.num_processes, path
-            workers.plan_variables(workers.read_plan(path))
+            assert launch.read_launch_file(path)["num_processes"] == read.num_processes, path
+            launch.accelerate_variables(launch.read_launch_file(path))
 
 
 def test_the_cluster_script_is_a_shell_script() -> None:
@@ -119,7 +120,7 @@ def test_the_kubernetes_template_names_every_variable_it_uses() -> None:
 
 
 @pytest.mark.training
-def test_a_stage_starts_its_processes_stops_with_them_and_goes_on_alone(smoke: Path) -> None:
+def test_a_stage_starts_its_processes_stops_with_them_and_resumes_alone(smoke: Path) -> None:
     project = smoke
     params = (project / "params.yaml").read_text(encoding="utf-8")
     launched = f"{params}\ncompute: {{launch: configs/accelerate/cpu-ddp.yaml}}\n"
@@ -138,7 +139,7 @@ def test_a_stage_starts_its_processes_stops_with_them_and_goes_on_alone(smoke: P
     assert len(children) == 2 and not psutil.wait_procs(children, timeout=5)[1]
     files.write_text(project / "params.yaml", params)
     done = projects.run(projects.python("-m", "vlv", "run", "stage1"), project)
-    assert done.returncode == 0 and "going on from step" in done.stderr, done.stderr
+    assert done.returncode == 0 and "resuming from step" in done.stderr, done.stderr
     figures = files.read_json(project / "metrics" / "stage1.json")
     smoke = config.load(config.Paths(project)).stage1
     assert figures["cost"]["sessions"] == 2 and figures["cost"]["flops"] > 0 and figures["cost"]["money"] is None
