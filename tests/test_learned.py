@@ -29,10 +29,10 @@ from vlv.evaluation import intervals
 from vlv.evaluation.reconstruct import psnr_of_each
 from vlv.evaluation.sentences import SentenceModel, similarity
 from vlv.io import files
+from vlv.io.tables import numbers
 from vlv.models.autoencoder import Autoencoder
 from vlv.models.captioner import Captioner
 from vlv.registry.policy import below_thresholds
-from vlv.registry.versions import numbers
 from vlv.stages import evaluate
 
 THINGS = ["bicycle", "bridge", "candle", "castle", "guitar", "harbour", "kitchen", "mountain", "teapot", "violin"]
@@ -120,13 +120,16 @@ def register(project: Paths, tmp_path: Path) -> Register:
     (tmp_path / "weights").mkdir()
     (tmp_path / "weights" / "word.txt").write_text("cat")
 
+    with tracking.start_run(project, "register", system_metrics=False) as run:
+        run_id = run.wait_for_id()
+
     def make(name: str, figures: dict[str, Any]) -> int:
         files.write_json(tmp_path / "evaluate.json", figures)
         return registry.register(
             project, name, dataclasses.replace(registry.CAPTIONER, script=tmp_path / "script.py"),
             model_folder=tmp_path / "weights", example={"image": [base64.b64encode(b"picture").decode()]},
             evaluation=tmp_path / "evaluate.json", tags={**GOOD, "profile": "photos"},
-            run_id=tracking.create_parent_run(project, "register"), code=package,
+            run_id=run_id, code=package,
         )  # fmt: skip
 
     return make

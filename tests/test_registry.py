@@ -83,8 +83,8 @@ Register = Callable[..., int]
 @pytest.fixture
 def register(project: Paths, package: Path, tmp_path: Path) -> Register:
     """register(name, exact=..., fid=..., **tags) -> version."""
-    run_id = tracking.create_parent_run(project, "register")
-    assert run_id is not None
+    with tracking.start_run(project, "register", system_metrics=False) as run:
+        run_id = run.wait_for_id()
     (tmp_path / "script.py").write_text(SCRIPT)
     served = dataclasses.replace(registry.CAPTIONER, script=tmp_path / "script.py")
 

@@ -16,8 +16,7 @@ import filelock
 from vlv import tracking
 from vlv.config import Paths
 from vlv.io import files
-from vlv.registry.gates import GATES, Candidate
-from vlv.registry.policy import load_policy
+from vlv.registry.policy import GATES, Candidate, load_policy
 from vlv.registry.versions import (
     CHALLENGER,
     CHAMPION,

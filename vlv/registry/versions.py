@@ -1,12 +1,11 @@
 """Versions of registered models: their aliases and figures, listing them, fetching their files."""
 
-import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from vlv import tracking
 from vlv.config import Paths
@@ -94,17 +93,6 @@ def figures_of(one: "ModelVersion") -> dict[str, float]:
     return {str(key): float(value) for key, value in tagged.items()}
 
 
-def numbers(value: Any, prefix: str = "") -> dict[str, float]:
-    """The numbers in nested JSON objects under dotted keys; lists, texts and booleans are left out."""
-    found: dict[str, float] = {}
-    for key, inner in value.items() if isinstance(value, dict) else ():
-        if isinstance(inner, dict):
-            found.update(numbers(inner, f"{prefix}{key}."))
-        elif isinstance(inner, int | float) and not isinstance(inner, bool):
-            found[f"{prefix}{key}"] = float(inner)
-    return found
-
-
 @contextmanager
 def explained(uri: str) -> Iterator[None]:
     """MLflow's failures as RegistryError, with what to do."""
@@ -114,7 +102,7 @@ def explained(uri: str) -> Iterator[None]:
     try:
         yield
     except (MlflowException, SQLAlchemyError, ConnectionError) as error:
-        shown = re.sub(r"//[^/@]*@", "//", uri)  # no password into messages
+        shown = tracking.without_password(uri)
         if getattr(error, "error_code", None) in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
             raise RegistryError(f"MLflow at {shown}: {error}. See what there is with: vlv models") from error
         raise RegistryError(

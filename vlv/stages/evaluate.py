@@ -16,10 +16,10 @@ from vlv.evaluation.sentences import SentenceModel, similarity
 from vlv.io import assets, files, images
 from vlv.io.images import Pixels
 from vlv.io.progress import meter
+from vlv.io.tables import numbers
 from vlv.models import device
 from vlv.models.autoencoder import Autoencoder
 from vlv.models.captioner import Captioner
-from vlv.registry.versions import numbers
 from vlv.stages import lineage, stage2
 from vlv.tiny import scenes
 from vlv.tiny.counting import score, terms

@@ -69,7 +69,7 @@ def train(
     Args:
         batches: `batches(step)` yields this process's micro-batches from the first one of `step` on, always the
             same.
-        folder: holds the checkpoints, the lock, the curve (`curve.jsonl`) and the ledger.
+        folder: holds the checkpoints, the lock, the run's record and the ledger.
         fingerprint: hash of everything that decides the result; a checkpoint of another one is refused.
         on_log: called in the main process every `log_every` steps with the mean loss, the rate and the speed.
 

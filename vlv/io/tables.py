@@ -1,0 +1,35 @@
+"""Nested results as flat keys, and tables in Markdown. What is shown and logged passes through here; nothing is computed."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+
+def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested mappings under dotted keys: {"a": {"b": 1}} -> {"a.b": 1}."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            flat.update(flatten(value, f"{prefix}{key}."))
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+def numbers(values: Mapping[str, Any]) -> dict[str, float]:
+    """The numbers of nested mappings under dotted keys; lists, texts and booleans are left out."""
+    return {
+        key: float(value)
+        for key, value in flatten(values).items()
+        if isinstance(value, int | float) and not isinstance(value, bool)
+    }
+
+
+def markdown(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+    """A Markdown table. None is an empty cell; line ends and bars in a cell do not break the table."""
+    lines = [[_cell(one) for one in row] for row in (columns, *rows)]
+    lines.insert(1, ["---"] * len(columns))
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _cell(value: object) -> str:
+    return "" if value is None else " ".join(str(value).replace("|", "\\|").split())
