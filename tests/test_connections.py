@@ -82,8 +82,10 @@ def toy(tmp_path_factory: pytest.TempPathFactory, sprites: Path) -> Path:
 def test_the_section_with_a_server_is_silent(toy: Path) -> None:
     prefect = projects.python("-m", "prefect")
     with listening() as listener, _prefect_server(toy, listener) as env:
-        _run(projects.python("-m", "flows.pool"), toy, env)
-        _run(projects.python("-m", "flows.pool"), toy, env)  # a second time it is there, and that is well
+        _run(projects.python("-m", "flows.full_train", "--make-pool"), toy, env)
+        _run(
+            projects.python("-m", "flows.full_train", "--make-pool"), toy, env
+        )  # a second time it is there, and that is well
         _run([*prefect, "--no-prompt", "deploy", "--all"], toy, env)
         with _running([*prefect, "worker", "start", "--pool", "vlv"], toy, env):
             _run([*prefect, "deployment", "run", "vlv/full-train", "--watch"], toy, env)

@@ -16,7 +16,7 @@ from rich.console import Console
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 
-from flows import report
+from flows import artifacts
 from tests import image_sets
 from tests.conftest import ROOT, tiny
 from tests.test_registry import GOOD, SCRIPT
@@ -168,13 +168,13 @@ def test_with_a_known_truth_it_is_named_and_refused_as_well(scene_data: Path, se
 
 @pytest.mark.slow
 def test_the_report_says_so(project: Paths) -> None:
-    (sentence, *_) = report.not_better_than_shuffled(project)
+    (sentence, *_) = artifacts.not_better_than_shuffled(project)
     assert sentence.startswith("captions.similarity is not clearly better than on shuffled images: 0.")
     written = StringIO()
-    report.show(Console(file=written, width=200), project, {"evaluate": "ran"}, 1.0, "")
+    artifacts.show(Console(file=written, width=200), project, {"evaluate": "ran"}, 1.0, "")
     assert sentence in written.getvalue()
-    assert report.figures(project)[0].title == "10 captions against the true ones"
-    assert report.not_better_than_shuffled(Paths(project.root / "nothing here")) == []
+    assert artifacts.figures(project)[0].title == "10 captions against the true ones"
+    assert artifacts.not_better_than_shuffled(Paths(project.root / "nothing here")) == []
 
 
 @pytest.mark.slow

@@ -167,7 +167,9 @@ def _outbox(paths: Paths) -> Iterator[Finding]:
         remedy = "is the server up? then: vlv doctor"
         yield Finding("note", "MLflow outbox", f"{len(replayed.waiting)} runs wait: {replayed.reason}", remedy)
     else:
-        yield Finding("ok", "MLflow outbox", f"{replayed.delivered} runs delivered now to {tracking.without_password(where)}")
+        yield Finding(
+            "ok", "MLflow outbox", f"{replayed.delivered} runs delivered now to {tracking.without_password(where)}"
+        )
 
 
 def _env(_paths: Paths) -> Iterator[Finding]:

@@ -1,4 +1,4 @@
-"""Nested results as flat keys, and tables in Markdown. What is shown and logged passes through here; nothing is computed."""
+"""Nested results as flat keys, and tables in Markdown: for what is shown and logged. Nothing is computed here."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any

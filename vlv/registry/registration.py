@@ -1,4 +1,4 @@
-"""Registration: a model folder becomes a version that MLflow can serve by itself, with tags that say where it is from."""
+"""Registration: a model folder becomes a version that MLflow can serve, with tags that say what it was made from."""
 
 import json
 import os

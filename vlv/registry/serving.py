@@ -62,21 +62,23 @@ def _pictures(model_input: pd.DataFrame) -> "list[Pixels]":
     return [images.decode_base64(text, f"row {row}") for row, text in enumerate(model_input["image"])]
 
 
-KINDS: dict[str, type[PythonModel]] = {"captioner": CaptionerModel, "autoencoder": AutoencoderModel}
+KINDS: dict[str, type[CaptionerModel] | type[AutoencoderModel]] = {
+    "captioner": CaptionerModel,
+    "autoencoder": AutoencoderModel,
+}
 
 
 class ServedModel(PythonModel):
     """The one of `KINDS` that the version was registered as."""
 
     def load_context(self, context: PythonModelContext) -> None:
-        self.model = KINDS[context.model_config["kind"]]()
+        self.model: CaptionerModel | AutoencoderModel = KINDS[context.model_config["kind"]]()
         self.model.load_context(context)
 
     def predict(
         self, context: PythonModelContext, model_input: pd.DataFrame, params: dict[str, Any] | None = None
     ) -> pd.DataFrame:
-        found: pd.DataFrame = self.model.predict(context, model_input, params)
-        return found
+        return self.model.predict(context, model_input, params)
 
 
 mlflow.models.set_model(ServedModel())
