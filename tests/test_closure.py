@@ -12,7 +12,7 @@ import yaml
 from tests import projects
 from tests.conftest import ROOT, profile
 from vlv import config
-from vlv.inputs import closure
+from vlv.inputs import closure, source
 from vlv.io import files
 from vlv.stages import lineage
 
@@ -23,19 +23,19 @@ MODELS = TRAINED | {"register"}  # what is registered carries the code that serv
 @pytest.fixture
 def package(tmp_path: Path) -> Path:
     """A copy of the package to edit."""
-    return Path(shutil.copytree(closure.PACKAGE, tmp_path / "vlv", ignore=shutil.ignore_patterns("__pycache__")))
+    return Path(shutil.copytree(source.PACKAGE, tmp_path / "vlv", ignore=shutil.ignore_patterns("__pycache__")))
 
 
 def _codes(package: Path, kind: str = "tiny") -> dict[str, dict[str, str]]:
     """Stage -> hashes of its code, with the sources in `package`."""
     settings = profile(kind)
-    sources = closure.Sources(package)
-    return {stage: sources.reached(lineage.roots(stage, settings)) for stage in lineage.SETTINGS}
+    sources = source.Sources(package)
+    return {stage: closure.hashes(lineage.roots(stage, settings), sources) for stage in lineage.SETTINGS}
 
 
 @functools.cache
 def _unchanged(kind: str) -> dict[str, dict[str, str]]:
-    return _codes(closure.PACKAGE, kind)
+    return _codes(source.PACKAGE, kind)
 
 
 def _changed(package: Path, edit: Callable[[], Any], kind: str = "tiny") -> set[str]:
@@ -97,7 +97,7 @@ def test_only_the_configured_kind_of_decoder_counts(package: Path) -> None:
     edit = lambda: _replace(sd3, "sigma * noise + (1.0 - sigma)", "sigma * noise + (1.1 - sigma)")  # noqa: E731
     assert _changed(package, edit, "sd35") == MODELS
     for kind in ("stable_diffusion", "sdxl", "sd3"):
-        found = closure.sources().reached([f"vlv.models.{side}.{kind}:build" for side in ("conditioners", "decoders")])
+        found = closure.hashes([f"vlv.models.{side}.{kind}:build" for side in ("conditioners", "decoders")])
         others = {"stable_diffusion", "sdxl", "sd3"} - {kind}
         assert not [name for name in found if name.rpartition(".")[2] in others]
 
@@ -115,7 +115,7 @@ def test_the_layout_of_the_source_does_not_matter(package: Path) -> None:
 def test_a_name_that_does_not_exist_is_an_error() -> None:
     for root in ("vlv.nowhere:run", "vlv.io.images:nothing", "vlv.models.encoder:CaptionEncoder.nothing"):
         with pytest.raises(KeyError):
-            closure.sources().reached([root])
+            closure.hashes([root])
 
 
 def test_defaults_and_parts_are_inputs_and_cards_are_not(tmp_path: Path) -> None:
@@ -159,6 +159,6 @@ def test_every_function_that_a_stage_calls_is_in_its_inputs(smoke: Path) -> None
     beside = (*closure.NEUTRAL, "vlv.config", "vlv.stages:", "vlv.training.workers:reporting")
     for stage in lineage.SETTINGS:
         called = {name for name in called_by[stage] if not name.startswith(beside)}
-        found = {f"{s.module}:{s.name}" for s in closure.sources().symbols(lineage.roots(stage, profile("smoke")))}
+        found = {f"{s.module}:{s.name}" for s in closure.symbols(lineage.roots(stage, profile("smoke")))}
         assert len(called) > 10
         assert called - found == set(), stage

@@ -25,6 +25,9 @@ __all__ = [
     "profiles", "use",
 ]  # fmt: skip
 
+# Keys that were renamed: old name -> new name. An old key is refused with a message that gives the new one.
+RENAMED: dict[str, str] = {}
+
 
 class Config(Section):
     """A whole params.yaml."""
@@ -77,11 +80,31 @@ def parse(text: str, name: str) -> Config:
         value: Any = files.parse_yaml(text, name, "Correct it.")
     except files.FileError as error:
         raise ConfigError(str(error)) from error
+    return validate(value, name)
+
+
+def validate(value: Any, name: str) -> Config:
+    """Check the content of a params.yaml or of a saved model's configuration; `name` is what an error calls it.
+
+    Raises:
+        ConfigError: a key that is unknown or was renamed, or a value of a wrong type or range.
+    """
+    if renamed := [f"  {old} is now {new}" for old, new in RENAMED.items() if _has(value, old)]:
+        raise ConfigError(f"{name} has keys that were renamed; change their names:\n" + "\n".join(renamed))
     try:
         return Config.model_validate(value)
     except ValidationError as error:
         lines = [f"  {'.'.join(map(str, e['loc'])) or '(whole file)'}: {e['msg']}" for e in error.errors()]
         raise ConfigError(f"{name} has {len(lines)} error(s):\n" + "\n".join(lines)) from error
+
+
+def _has(value: Any, key: str) -> bool:
+    """Whether nested mappings have the dotted `key`."""
+    for name in key.split("."):
+        if not isinstance(value, dict) or name not in value:
+            return False
+        value = value[name]
+    return True
 
 
 def load(paths: Paths) -> Config:

@@ -48,7 +48,7 @@ def inputs(stage: str, settings: Config, paths: Paths) -> dict[str, Any]:
     """
     dump = settings.model_dump(mode="json", by_alias=True)
     return {
-        "code": closure.sources().reached(roots(stage, settings)),
+        "code": closure.hashes(roots(stage, settings)),
         "settings": {key: _setting(dump, key) for key in SETTINGS[stage]},
         "parts": _parts(stage, settings, paths),
     }
