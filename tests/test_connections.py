@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+import yaml
 
 from tests import projects, servers
 from tests.listener import Listener, listening
@@ -126,6 +127,10 @@ def test_the_switches_stand_in_one_place() -> None:
         if name in path.read_text(encoding="utf-8") and path.name != "telemetry.py"
     ]
     assert restated == []
+    compose = yaml.safe_load((projects.REPOSITORY / "mlflow" / "compose.yaml").read_text(encoding="utf-8"))
+    server = compose["services"]["mlflow"]["environment"]  # YAML cannot import; MLflow's two must at least be the same
+    switched = {name: value for name, value in server.items() if name in telemetry.SWITCHES}
+    assert switched == {name: telemetry.SWITCHES[name] for name in ("DO_NOT_TRACK", "MLFLOW_DISABLE_TELEMETRY")}
     shown = subprocess.check_output(projects.python("-m", "vlv.io.telemetry"), text=True, cwd=projects.REPOSITORY)
     assert dict(line.removeprefix("export ").split("=") for line in shown.splitlines()) == telemetry.SWITCHES
 

@@ -184,7 +184,7 @@ def test_no_profile_name_promotes_it(project: Paths, register: Register) -> None
         registry.promote(project, "unlearned")
     (why,) = (one for one in refused.value.failures if "captions." in one)
     assert why.startswith("thresholds: captions.versus_shuffled.similarity.low is -")
-    assert "more than 0 is asked for (the captions are not clearly nearer to their own image's true caption" in why
+    assert "must be more than 0 (the captions are not clearly nearer to their own image's true caption" in why
     assert not any(one.startswith(("data", "git", "serving", "champion")) for one in refused.value.failures)
 
 
@@ -211,7 +211,9 @@ def test_a_model_that_did_learn_becomes_champion_without_a_known_truth(
     assert registry.promote(project, "learned").version == 1  # all gates of the shipped policy, serving among them
     figures["captions"]["similarity"] -= 0.1
     register("learned", figures)
-    with pytest.raises(registry.PromotionRefused, match=r"champion: captions\.similarity is 0\.9, at least 0\.99"):
+    with pytest.raises(
+        registry.PromotionRefused, match=r"champion: captions\.similarity is 0\.9, but must be at least 0\.99"
+    ):
         registry.promote(project, "learned")
 
 

@@ -1,6 +1,7 @@
 """Tracking against a real MLflow: a sqlite file, and a server that is killed in mid-run."""
 
 import json
+import logging
 import math
 import os
 import signal
@@ -18,7 +19,7 @@ import pytest
 from mlflow import MlflowClient
 from mlflow.entities import Run as MlflowRun
 
-from vlv import tracking
+from vlv import registry, tracking
 from vlv.config import Paths
 from vlv.io import files
 from vlv.tracking import replay, run, store
@@ -280,6 +281,24 @@ def test_several_first_users_share_a_new_store(tmp_path: Path) -> None:
     assert [child.wait(300) for child in children] == [0, 0, 0]
     found = find(Paths(tmp_path), "first")
     assert [(one.info.status, one.data.metrics) for one in found] == [("FINISHED", {"loss": 1.0})] * 3
+
+
+def test_no_password_is_shown(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://somebody:s3c@ret@127.0.0.1:{port}")
+    monkeypatch.setattr(run, "CLOSE_SECONDS", 5.0)
+    paths = Paths(tmp_path)
+    with caplog.at_level(logging.WARNING, logger="vlv"), tracking.start_run(paths, "secret", **FAST) as one:
+        one.log_metrics({"loss": 1.0}, 1)
+    reason = tracking.replay_all(paths).reason
+    with pytest.raises(registry.RegistryError) as error:
+        registry.list_models(paths)
+    for said in (caplog.text, str(reason), str(error.value)):
+        assert str(port) in said and "s3c" not in said and "somebody" not in said, said
 
 
 class Server:

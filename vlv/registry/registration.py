@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 _PACKAGE = Path(__file__).parent.parent
 _SCRIPT = Path(__file__).with_name("serving.py")
-# What serving needs beside the package's own code, which travels with the model.
+# What serving needs besides the package's own code, which is stored with the version.
 _REQUIREMENTS = (
     "mlflow",
     "torch",
@@ -43,7 +43,7 @@ _REQUIREMENTS = (
 
 UNKNOWN = "unknown"
 
-# What the pipeline itself writes while it runs. All else that git sees is code or configuration.
+# What the pipeline itself writes while it runs. Everything else that git sees is code or configuration.
 OUTPUTS = ("dvc.lock", "data.dvc", "metrics", "plots")
 
 
@@ -79,12 +79,12 @@ def register(
     """Register a model folder as a new version with the alias `challenger`, and return the version.
 
     Args:
-        model_folder: self-contained, in Hugging Face form; `artifacts["model"]` of the script.
+        model_folder: self-contained, in Hugging Face form; `artifacts["model"]` of vlv/registry/serving.py.
         example: input columns of a few rows (images as base64); the promotion gate predicts on it.
         evaluation: metrics/evaluate.json; kept with the version, its numbers become its figures.
         tags: the version's lineage, see `lineage`.
         run_id: the run that made it.
-        code: package that is stored with the version, so that later changes here do not change it.
+        code: the package that is stored with the version, so that later changes here do not change the version.
 
     Raises:
         RegistryError: MLflow does not answer or refuses.
@@ -124,8 +124,8 @@ def _save(
 ) -> None:
     """Write the model as MLflow serves it.
 
-    Saved and then shipped, not by `log_model`: that one runs the model in this process, only to warn, and
-    puts it into the fluent API's active experiment, whose artifacts lie below the current folder.
+    It is saved and then uploaded. `log_model` would run the model in this process, only to warn, and would put it into
+    the fluent API's active experiment, whose artifacts lie below the current folder.
     """
     import mlflow.pyfunc
     import pandas as pd
@@ -181,10 +181,10 @@ def _ensure_registered(client: "MlflowClient", name: str) -> None:
 def lineage(paths: Paths) -> dict[str, str]:
     """The tags that a registered version carries.
 
-    `git_dirty` is "true" where a tracked file differs from the commit, or an untracked one lies beside them,
-    params.yaml and configs/ included: code and configuration decide what the model is. Not counted are
-    dvc.lock, data.dvc, metrics/ and plots/: the run that makes the model writes them, and their content
-    has tags of its own. Whatever cannot be read (no git, no repository, no such file) is "unknown".
+    `git_dirty` is "true" if a tracked file differs from the commit or there is an untracked file. params.yaml and
+    configs/ count, because code and configuration decide what the model is. dvc.lock, data.dvc, metrics/ and plots/ do
+    not count: the run that makes the model writes them, and tags of their own describe them. What cannot be read (no
+    git, no repository, no such file) is "unknown".
     """
     verdict = _json(paths.metrics / "validate.json").get("success")
     return {

@@ -248,17 +248,15 @@ def _call(action: Callable[[], _Answer]) -> _Answer:
     except MlflowException as error:
         if error.error_code == "RESOURCE_DOES_NOT_EXIST":
             raise _RunGone from error
-        if error.error_code in _PERMANENT:
-            raise _Refused(str(error)) from error
-        raise Unreachable(str(error)) from error
+        kind = _Refused if error.error_code in _PERMANENT else Unreachable
+        raise kind(store.without_password(str(error))) from error
     except requests.HTTPError as error:  # artifacts answer with plain HTTP
-        if error.response is not None and 400 <= error.response.status_code < 500:
-            raise _Refused(str(error)) from error
-        raise Unreachable(str(error)) from error
+        refused = error.response is not None and 400 <= error.response.status_code < 500
+        raise (_Refused if refused else Unreachable)(store.without_password(str(error))) from error
     except (FileNotFoundError, IsADirectoryError, NotADirectoryError) as error:
         raise _Refused(str(error)) from error
     except (OSError, SQLAlchemyError) as error:  # no connection; a locked sqlite file
-        raise Unreachable(str(error)) from error
+        raise Unreachable(store.without_password(str(error))) from error
 
 
 class Replayer(threading.Thread):

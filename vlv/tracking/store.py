@@ -41,9 +41,9 @@ def outbox(paths: Paths) -> Path:
     return store_folder(paths) / "outbox"
 
 
-def without_password(url: str) -> str:
-    """A URL as it may be shown: user and password become "...", for logs, errors and the screen."""
-    return re.sub(r"//[^/\s]*@", "//...@", url)
+def without_password(text: str) -> str:
+    """A text as it may be shown: in URLs, user and password become "...". For logs, errors and the screen."""
+    return re.sub(r"//[^/\s]*@", "//...@", text)
 
 
 def tracking_uri(paths: Paths) -> str:
