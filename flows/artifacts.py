@@ -35,7 +35,7 @@ PARTS = ("scenes", "captions", "reconstruction")  # of metrics/evaluate.json
 
 @dataclass(frozen=True)
 class Figures:
-    """One table: a row for each way of doing it (ours, a ceiling, a floor), a column for each figure."""
+    """One table: a row for this run and for each reference, a column for each figure."""
 
     title: str
     columns: list[str]
@@ -54,7 +54,7 @@ class Figures:
 
 @dataclass(frozen=True)
 class Example:
-    """A test image with what the pipeline made of it. Paths are relative to the project folder."""
+    """A test image and what the pipeline made of it. Paths are relative to the project folder."""
 
     image: Path
     reconstruction: Path | None
@@ -63,14 +63,14 @@ class Example:
 
 
 def read(paths: Paths, name: str) -> dict[str, Any]:
-    """metrics/NAME.json, or nothing where that stage has not run."""
+    """The content of metrics/NAME.json; empty if that stage has not run."""
     file = paths.metrics / f"{name}.json"
     value = files.read_json(file) if file.exists() else {}
     return value if isinstance(value, dict) else {}
 
 
 def figures(paths: Paths) -> list[Figures]:
-    """The tables of metrics/evaluate.json; a part that it lacks is left out."""
+    """The tables of metrics/evaluate.json, one for each part that it has."""
     measured = read(paths, "evaluate")
     found = []
     if scenes := measured.get("scenes"):
@@ -176,13 +176,13 @@ def show(console: Console, paths: Paths, outcomes: Mapping[str, Outcome], second
 
 
 def _programs(paths: Paths) -> str:
-    """How to write the folder of this environment's programs: short where it lies in the project."""
+    """The folder of this environment's programs as a prefix for commands, relative if it lies in the project."""
     folder = Path(sys.executable).parent
     return f"{folder.relative_to(paths.root)}/" if folder.is_relative_to(paths.root) else ""
 
 
 def _side_by_side(console: Console, paths: Paths, example: Example, width: int = 32) -> Text:
-    """Image and reconstruction in half blocks, where the terminal has the colours; else nothing."""
+    """Image and reconstruction in half blocks; nothing on a terminal without the colours."""
     if not console.is_terminal or console.color_system not in ("truecolor", "256"):
         return Text()
     import numpy as np
@@ -207,7 +207,7 @@ _MOST_BYTES = 400_000  # an artifact is a row in the server's database
 
 
 def publish(paths: Paths, outcomes: Mapping[str, Outcome], promotion: str) -> None:
-    """Write the run's artifacts; a part that is not there is left out, pictures where nothing ran."""
+    """Write the run's Markdown artifacts: figures, pictures (if a stage ran), the verdict on the data, a summary."""
     from prefect.artifacts import create_markdown_artifact
 
     if found := figures(paths):
@@ -235,7 +235,7 @@ def _run(paths: Paths, outcomes: Mapping[str, Outcome], promotion: str) -> str:
 
 
 def _picture(path: Path) -> str:
-    """The picture itself as a data URI, scaled down; its path where it would be too large."""
+    """The picture as a data URI, scaled down; a JPEG where the PNG is too large."""
     with Image.open(path) as image:
         shown = image.convert("RGB")
         if shown.width > _WIDTH:

@@ -143,13 +143,13 @@ def _say() -> Callable[[str], None]:
     cache_policy=NO_CACHE,
 )
 def prepare(project: Project) -> None:
-    """Fetch the assets and make the data where there is none (the network can fail: retried)."""
+    """Fetch the assets and make the data where there is none. The network can fail, so this is retried."""
     project.python("-m", "vlv", "data", "download", "--if-missing", say=_say())
 
 
 @task(name="verify", timeout_seconds=6 * HOUR, persist_result=False, cache_policy=NO_CACHE)
 def verify(project: Project) -> None:
-    """Compare the data with its manifest and with data.dvc, read-only: DVC itself would take changed data."""
+    """Compare the data with its manifest and with data.dvc, because DVC itself accepts changed data. Writes nothing."""
     project.python("-m", "vlv", "data", "verify", say=_say())
 
 
@@ -199,7 +199,7 @@ def stage(
     cache_policy=NO_CACHE,
 )
 def promote(project: Project) -> tuple[bool, str]:
-    """Ask for the new versions to become champions: whether they are, and what was said.
+    """Run `vlv promote` for the new versions. Returns whether they are champions, and the command's output.
 
     A refusal is an answer, not a failure of the run.
     """

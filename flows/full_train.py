@@ -48,9 +48,9 @@ def full_train(
     """Run the whole pipeline: only what is stale, each stage as a task of its own.
 
     Args:
-        profile: configs/PROFILE.yaml is written into params.yaml first; without: params.yaml as it is.
-        upto: the last stage to run; without: all of them, then promotion.
-        timeouts: time limits for stages by name, seconds, instead of those in dvc.yaml.
+        profile: configs/PROFILE.yaml is written into params.yaml first. Without it params.yaml stays as it is.
+        upto: the last stage to run. Without it all stages run, and then the promotion.
+        timeouts: time limits of stages in seconds, by name, instead of those in dvc.yaml.
     """
     paths = Paths.find()
     with files.folder_lock(paths.work, "the flow vlv"):
@@ -98,7 +98,7 @@ def _run(paths: Paths, chosen: config.Config, upto: str | None, timeouts: dict[s
     with ExitStack() as until:
         parent = _ParentRun(paths, until)
         for name in stages:
-            # Current at the start and nothing ran before it: DVC need not be asked again.
+            # A stage that was current at the start, and before which nothing ran, is still current.
             if name in changed or set(summary.outcomes.values()) - {"current"}:
                 variables = parent.variables() if policies[name].tracked else {}
                 task = dvc.stage(name, policies[name], timeouts.get(name))
@@ -158,10 +158,10 @@ def main(arguments: list[str] | None = None) -> int:
     except CommandFailed as error:
         errors.print("[bold red]The run stopped.[/]")
         errors.print(str(error), markup=False, highlight=False)
-        errors.print("What was finished is kept: the same command goes on from there.")
+        errors.print("Finished stages are kept. The same command continues from there.")
         return 1
     except KeyboardInterrupt:
-        errors.print("Stopped. The same command goes on from the last checkpoint.")
+        errors.print("Stopped. The same command continues from the last checkpoint.")
         return 130
     artifacts.show(console, Paths.find(), summary.outcomes, summary.seconds, summary.promotion)
     return NOT_PROMOTED if summary.promoted is False else 0

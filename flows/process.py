@@ -21,8 +21,8 @@ from vlv.io import files
 
 GRACE_SECONDS = 20.0  # a trainer saves in this time; Prefect's worker itself waits 30 s before it kills
 _LINGER_SECONDS = 2.0  # for a pipe that a leftover grandchild keeps open
-_KILLED_SECONDS = 5.0  # for the kernel to take away what was killed
-_PROGRESS_SECONDS = 5.0  # a progress bar is told this often at most
+_KILLED_SECONDS = 5.0  # for the kernel to remove killed processes
+_PROGRESS_SECONDS = 5.0  # a progress bar's line is passed on this often at most
 _TAIL_LINES = 200
 _ANSI = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
 
@@ -45,8 +45,8 @@ def run(
 ) -> Ended:
     """Run `command` in a session of its own and hand each line of its output to `say` as it comes.
 
-    However this function is left (the end, an exception, a timeout, a cancel, Ctrl-C), the child and all its
-    descendants are gone afterwards: SIGTERM first, SIGKILL to what is left after `grace` seconds.
+    However this function ends (normally, by an exception, a timeout, a cancel or Ctrl-C), the child and all its
+    descendants are gone afterwards: they get SIGTERM, and what is left after `grace` seconds gets SIGKILL.
     """
     process = subprocess.Popen(
         list(command),
@@ -69,7 +69,7 @@ def run(
 
 
 class _Lines:
-    """Cuts bytes into lines. What ends with \\r (a progress bar) is told seldom, with \\n always."""
+    """Cuts bytes into lines. Passes on every line that ends with \\n, and now and then one with \\r (a progress bar)."""
 
     def __init__(self, say: Callable[[str], None]) -> None:
         self.tail: deque[str] = deque(maxlen=_TAIL_LINES)
@@ -169,7 +169,7 @@ def _end(process: subprocess.Popen[bytes], grace: float) -> None:
         psutil.wait_procs(killed, timeout=_KILLED_SECONDS)
 
 
-# DVC's advice after each stage: true, and noise in a log that is read while it grows.
+# DVC's advice after each stage. It is right, but noise in a log that people read while it grows.
 _ADVICE = ("To track the changes", "git add ", "To enable auto staging", "dvc config core.autostage", "Use `dvc push`")
 
 Outcome = Literal["ran", "restored", "current"]
@@ -178,7 +178,7 @@ _EXITED = re.compile(r"exited with (-?\d+)")
 
 
 class CommandFailed(RuntimeError):
-    """A child ended with an error; the message ends with its last lines."""
+    """A child ended with an error. The message ends with its last lines."""
 
     def __init__(self, what: str, ended: Ended) -> None:
         self.returncode = _inner_code(ended)
@@ -187,12 +187,12 @@ class CommandFailed(RuntimeError):
 
     @property
     def by_signal(self) -> bool:
-        """Whether a signal ended it (out of memory, a stopped machine), not its own verdict."""
+        """Whether a signal ended it (out of memory, a stopped machine) and not an error of its own."""
         return self.returncode < 0 or self.returncode > 128
 
 
 def _inner_code(ended: Ended) -> int:
-    """The stage's own exit code, which DVC only tells in words; else the child's."""
+    """The exit code of the stage, which DVC says only in words; if it says none, the child's."""
     for line in reversed(ended.tail):
         if line.startswith("ERROR") and (found := _EXITED.search(line)):
             return int(found.group(1))
@@ -209,7 +209,7 @@ class Project:
     root: Path
 
     def environment(self, **variables: str) -> dict[str, str]:
-        """This process's environment with this Python first in PATH: dvc.yaml says plainly `python`."""
+        """This process's environment, with this Python first in PATH, because dvc.yaml says `python`."""
         here = str(Path(sys.executable).parent)
         return {
             **os.environ,
@@ -228,7 +228,7 @@ class Project:
         return ended
 
     def stale(self, say: Callable[[str], None]) -> set[str]:
-        """Stages that DVC finds changed now (those after them are not among them). Reads, writes nothing."""
+        """The stages that DVC finds changed now, without those that depend on them. Writes nothing."""
         ended = self.python("-m", "dvc", "status", "--json", say=lambda line: None)
         try:
             said = next(line for line in ended.tail if line.startswith("{"))
@@ -240,7 +240,7 @@ class Project:
         return {name for name in status if not name.endswith(".dvc")}
 
     def reproduce(self, stage: str, say: Callable[[str], None], **variables: str) -> Outcome:
-        """`dvc repro` for one stage: whether it ran, came from DVC's run cache, or was current."""
+        """Run `dvc repro` for one stage. Returns whether it ran, came from DVC's run cache, or was current."""
         outcomes: list[Outcome] = []
 
         def listen(line: str) -> None:

@@ -1,4 +1,4 @@
-"""No command of README, of make or of the flow connects to anybody who was not asked for: a listener hears nothing."""
+"""No command of README, of make or of the flow makes a connection that nobody asked for: a listener hears nothing."""
 
 import os
 import shutil
@@ -17,7 +17,7 @@ from vlv.io import telemetry
 
 pytestmark = pytest.mark.server
 
-# With one of these MLflow and Prefect say nothing of their own accord, which would prove nothing.
+# With one of these set MLflow and Prefect are silent by themselves, which would prove nothing.
 _TEST_RUNS = ("CI", "GITHUB_ACTIONS", "PYTEST_CURRENT_TEST", "PYTEST_VERSION")
 SWITCHES_ON = 'eval "$(python -m vlv.io.telemetry)" && exec '
 

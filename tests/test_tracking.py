@@ -4,6 +4,7 @@ import json
 import logging
 import math
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -150,6 +151,33 @@ def test_a_killed_trainer_goes_on_with_its_run(project: Paths) -> None:
     assert tracking.undelivered(project) == []
     tracking.keep_undelivered(project, training)  # nothing is undelivered, so nothing is kept
     assert not list(store.outbox(project).glob(f"*/{NAME}"))
+
+
+def test_what_a_finished_training_could_not_deliver_outlives_its_folder(
+    project: Paths, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def dead(_record: RunRecord) -> None:
+        raise replay.Unreachable("no answer")
+
+    training = _training(project, "kept")
+    (tmp_path / "grid.png").write_bytes(b"picture")
+    with monkeypatch.context() as patched:
+        patched.setattr(replay, "replay", dead)
+        patched.setattr(run, "LOCAL_CLOSE_SECONDS", 0.5)
+        with tracking.start_run(project, "kept", folder=training, **FAST) as one:
+            for step in range(3):
+                one.log_metrics({"loss": float(step)}, step)
+            one.log_artifact(tmp_path / "grid.png")
+        tracking.keep_undelivered(project, training)
+        tracking.keep_undelivered(project, training)  # as after a kill between the two
+        shutil.rmtree(training)
+    assert [folder.parent for folder in tracking.undelivered(project)] == [store.outbox(project)]
+    assert tracking.replay_all(project).delivered == 1
+    (found,) = find(project, "kept")
+    assert found.info.status == "FINISHED"
+    assert curve(project, found.info.run_id, "loss") == [(0, 0.0), (1, 1.0), (2, 2.0)]
+    (picture,) = MlflowClient(tracking.tracking_uri(project)).list_artifacts(found.info.run_id)
+    assert (picture.path, picture.file_size) == ("grid.png", 7)
 
 
 @pytest.mark.parametrize("notes", [0, 1])

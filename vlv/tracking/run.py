@@ -173,7 +173,7 @@ def start_run(
         name=name,
         start_time=time.time_ns() // 1_000_000,
         parent_id=parent_id or os.environ.get(PARENT_VARIABLE) or None,
-        tags=_clean_tags({**({"vlv.flow_run_id": flow} if flow else {}), "vlv.stage": name, **(tags or {})}),
+        tags=_clean_tags({**({"vlv.flow_run_id": flow} if flow else {}), **(tags or {})}),
     )
     record = RunRecord.create(store.outbox(paths), begin) if folder is None else _resumed(folder, begin)
     replayer = replay.Replayer(record, interval)
