@@ -69,7 +69,7 @@ def run(
 
 
 class _Lines:
-    """Cuts bytes into lines. Passes on every line that ends with \\n, and now and then one with \\r (a progress bar)."""
+    """Cuts bytes into lines. Passes on every line that ends with \\n, and rarely one with \\r (a progress bar)."""
 
     def __init__(self, say: Callable[[str], None]) -> None:
         self.tail: deque[str] = deque(maxlen=_TAIL_LINES)

@@ -6,7 +6,6 @@ be sent. The folder's name is the run's identity, so no damage to the file turns
 imported here: `vlv.tracking.replay` reads the record and tells MLflow.
 """
 
-import logging
 import math
 import os
 import shutil
@@ -22,8 +21,6 @@ import filelock
 from pydantic import TypeAdapter, ValidationError
 
 from vlv.io import files
-
-log = logging.getLogger(__name__)
 
 NAME = "record.jsonl"
 _REFUSED_NAME = "refused.jsonl"  # what a delivered record becomes where MLflow refused entries
@@ -157,8 +154,8 @@ class RunRecord:
         found: list[Pending] = []
         for entry, end in files.iterate_json_lines(self._file, self._offset):
             if isinstance(entry, files.FileError) or not _fits(entry):
-                log.warning("%s: the entry that ends at byte %d is damaged and is not delivered", self._file, end)
-            elif entry["n"] > self._told and entry["op"] not in _NOTES:
+                continue  # `open` has named the damaged lines
+            if entry["n"] > self._told and entry["op"] not in _NOTES:
                 found.append(Pending(entry, end))
                 if len(found) == most:
                     break
@@ -193,11 +190,8 @@ class RunRecord:
             shutil.rmtree(self.folder, ignore_errors=True)
 
     def copy_to(self, parent: Path) -> None:
-        """Copy the record into another folder, whole or not at all; a copy that is there already stays."""
-        target = parent / self.folder.name
-        if target.exists():
-            return
-        with files.atomic_folder(target) as temporary:
+        """Copy the record into another folder, whole or not at all. It takes the place of an earlier copy."""
+        with files.atomic_folder(parent / self.folder.name) as temporary:
             shutil.copy2(self._file, temporary / NAME)
             if (self.folder / "attachments").exists():
                 shutil.copytree(self.folder / "attachments", temporary / "attachments", copy_function=_link)
