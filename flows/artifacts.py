@@ -16,26 +16,21 @@ from rich.text import Text
 
 from flows.process import Outcome
 from vlv.config import Paths
+from vlv.evaluation import metrics
 from vlv.io import files, tables
 from vlv.tracking import without_password
 
-# metrics/evaluate.json's key, how it is called, how many decimals
-SCENES = {
-    "background_accuracy": ("background", 3),
-    "object_recall": ("object recall", 3),
-    "object_precision": ("object precision", 3),
-    "position_accuracy": ("position", 3),
-    "exact_match": ("exact scene", 3),
+_TITLES: dict[metrics.Part, str] = {
+    "scenes": "Captions of {n} held-out scenes, counted against the known truth",
+    "captions": "{n} captions against the true ones",
+    "reconstruction": "Reconstructions of {n} held-out images",
 }
-CAPTIONS = {"similarity": ("cosine of sentence embeddings", 3)}
-RECONSTRUCTION = {"object_recall": ("object recall", 3), "psnr": ("PSNR, dB", 2), "fid": ("FID", 2)}
-
-PARTS = ("scenes", "captions", "reconstruction")  # of metrics/evaluate.json
+_REFERENCES = {metrics.UPPER_BOUND: "teacher, true caption", metrics.VAE: "VAE round trip"}
 
 
 @dataclass(frozen=True)
 class Figures:
-    """One table: a row for this run and for each reference, a column for each figure."""
+    """One table: a row for this run, each upper bound and each baseline; a column for each figure."""
 
     title: str
     columns: list[str]
@@ -70,36 +65,27 @@ def read(paths: Paths, name: str) -> dict[str, Any]:
 
 
 def figures(paths: Paths) -> list[Figures]:
-    """The tables of metrics/evaluate.json, one for each part that it has."""
+    """The tables of metrics/evaluate.json; a part that it lacks is left out."""
     measured = read(paths, "evaluate")
-    found = []
-    if scenes := measured.get("scenes"):
-        title = f"Captions of {scenes.get('n', '?')} held-out scenes, counted against the known truth"
-        found.append(_table(title, SCENES, scenes, {}))
-    if captions := measured.get("captions"):
-        found.append(_table(f"{captions.get('n', '?')} captions against the true ones", CAPTIONS, captions, {}))
-    if reconstruction := measured.get("reconstruction"):
-        references = {"ceiling": "teacher, true caption", "vae": "VAE round trip"}
-        title = f"Reconstructions of {reconstruction.get('n', '?')} held-out images"
-        found.append(_table(title, RECONSTRUCTION, reconstruction, references))
-    return found
-
-
-def _table(
-    title: str, keys: Mapping[str, tuple[str, int]], values: dict[str, Any], references: Mapping[str, str]
-) -> Figures:
-    present = {key: how for key, how in keys.items() if key in values}
-    sources = [("this run", values)]
-    sources += [(label, values[key]) for key, label in references.items() if key in values]
-    sources += [(f"floor: {key.replace('_', ' ')}", v) for key, v in (values.get("floors") or {}).items()]
-    rows = [
-        (name, [_number(source.get(key), digits) for key, (_, digits) in present.items()]) for name, source in sources
+    return [
+        _table(title.format(n=values.get("n", "?")), metrics.of(part, "tables", "models"), values)
+        for part, title in _TITLES.items()
+        if (values := measured.get(part))
     ]
-    return Figures(title, [label for label, _ in present.values()], rows)
 
 
-def _number(value: Any, digits: int) -> str:
-    return f"{value:.{digits}f}" if isinstance(value, int | float) else "-"
+def _table(title: str, rows: list[metrics.Metric], values: dict[str, Any]) -> Figures:
+    columns = [row for row in rows if row.name in values]
+    sources = [("this run", values)]
+    sources += [(label, values[key]) for key, label in _REFERENCES.items() if key in values]
+    baselines = values.get(metrics.BASELINES) or {}
+    sources += [(f"baseline: {key.replace('_', ' ')}", figures) for key, figures in baselines.items()]
+    cells = [(name, [_number(row, source.get(row.name)) for row in columns]) for name, source in sources]
+    return Figures(title, [row.title for row in columns], cells)
+
+
+def _number(row: metrics.Metric, value: Any) -> str:
+    return row.text(value) if isinstance(value, int | float) else "-"
 
 
 def not_better_than_shuffled(paths: Paths) -> list[str]:
@@ -110,7 +96,7 @@ def not_better_than_shuffled(paths: Paths) -> list[str]:
 
 def headline(paths: Paths) -> dict[str, float]:
     """The figures of this run as flat metrics, for the parent run: those of each part, without its references."""
-    found = tables.numbers({part: read(paths, "evaluate").get(part) or {} for part in PARTS})
+    found = tables.numbers({part: read(paths, "evaluate").get(part) or {} for part in metrics.PARTS})
     return {key: value for key, value in found.items() if key.count(".") == 1}
 
 

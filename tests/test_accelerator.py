@@ -60,7 +60,7 @@ def test_begun_on_a_cpu_it_goes_on_to_the_end_on_the_accelerator(tmp_path: Path,
         assert _figures(other, stage)["final_loss"] == pytest.approx(_figures(cpu, stage)["final_loss"], rel=1e-3)
     captions = [files.read_json(project / "work" / "evaluate" / "captions.json") for project in (cpu, other)]
     assert captions[0] == captions[1]
-    for kind in ("ceiling", "vae"):
+    for kind in ("upper_bound", "vae"):
         drawn = [_figures(project, "evaluate")["reconstruction"][kind]["psnr"] for project in (cpu, other)]
         assert drawn[0] == pytest.approx(drawn[1], abs=0.1)  # the CPU's are drawn in bf16
     pictures = len(list((other / "work" / "evaluate" / "pictures").glob("*.png")))

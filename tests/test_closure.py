@@ -54,15 +54,18 @@ def _replace(path: Path, old: str, new: str) -> None:
 
 @pytest.mark.parametrize(("file", "old", "new", "stale"), [
     ("models/decoders/base.py", "posterior.std * scale", "posterior.std * scale * 3.0", MODELS),
-    ("models/conditioners/stable_diffusion.py", "return self.condition(embeddings)\n",
+    ("models/decoders/stable_diffusion.py", "return self.condition(embeddings)\n",
      "return self.condition(embeddings) * 2.0\n", MODELS),
     ("tiny/scenes.py", "return Scene(background, tuple(sorted(objects)))", "return Scene(0, tuple(sorted(objects)))",
      {"evaluate"}),
+    ("tiny/counting.py", "Counter(kind for _, kind in scene.objects)", "Counter(place for place, _ in scene.objects)",
+     {"evaluate"}),
+    ("tiny/recogniser.py", "background.argmax(-1).tolist()", "background.argmin(-1).tolist()", {"evaluate"}),
     ("data/loader.py", "+ self._rank * local", "+ self._rank * local + 1", TRAINED),
     ("io/images.py", "batch.float() / 127.5 - 1.0", "batch.float() / 127.5 - 1.1", MODELS),
     ("training/optim.py", "return warmup * share", "return share", TRAINED),
     ("models/captioner.py", "if begin is None else", "if begin == 7 else", MODELS - {"stage1"}),
-    ("evaluation/reconstruct.py", "255**2", "256**2", {"evaluate"}),
+    ("evaluation/metrics.py", "255**2", "256**2", {"evaluate"}),
     ("data/gate.py", "min_value=gate.min_side", "min_value=gate.min_side + 1", {"validate"}),
     ("registry/serving.py", "self.captioner.caption(_pictures(model_input))", "[]", {"register"}),
 ], ids=lambda value: value if isinstance(value, str) and value.endswith(".py") else "")  # fmt: skip
@@ -80,12 +83,12 @@ def test_words_plots_logs_and_other_kinds_make_nothing_stale(package: Path) -> N
     before = _unchanged("tiny")
     _replace(package / "models/encoder.py", "learnable queries and a projection.", "queries.")
     _replace(package / "training/energy.py", "Joules since it was made", "Joules")
-    _replace(package / "evaluation/report.py", "#3867d6", "#ff0000")
+    _replace(package / "evaluation/figures.py", "#3867d6", "#ff0000")
     _replace(package / "training/loop.py", "the loss is {total} at step", "at step")
     _replace(package / "training/checkpoint.py", "going back to the one before it", "passed over")
     _add(package / "models/decoders/sd3.py", "\n\nNEW = 1\n")
     (package / "models/decoders/new.py").write_text("class NewDecoder: ...\n")
-    _replace(package / "config/models.py", '"sdxl", "sd3"', '"sdxl", "sd3", "new"')
+    _replace(package / "config/models.py", '"sd3": "3 and 3.5"', '"sd3": "3 and 3.5", "new": "a new one"')
     (package / "evaluation/new_metric.py").write_text("def metric() -> float:\n return 1.0\n")
     _add(package / "tiny/counting.py", "\n\ndef new_metric() -> float:\n return 1.0\n")
     _add(package / "models/encoder.py", "\n# a comment\n")
@@ -97,7 +100,8 @@ def test_only_the_configured_kind_of_decoder_counts(package: Path) -> None:
     edit = lambda: _replace(sd3, "sigma * noise + (1.0 - sigma)", "sigma * noise + (1.1 - sigma)")  # noqa: E731
     assert _changed(package, edit, "sd35") == MODELS
     for kind in ("stable_diffusion", "sdxl", "sd3"):
-        found = closure.hashes([f"vlv.models.{side}.{kind}:build" for side in ("conditioners", "decoders")])
+        section = profile("tiny").decoder.model_copy(update={"kind": kind})
+        found = closure.hashes(lineage.decoder_code(section))
         others = {"stable_diffusion", "sdxl", "sd3"} - {kind}
         assert not [name for name in found if name.rpartition(".")[2] in others]
 

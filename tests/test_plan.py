@@ -112,7 +112,7 @@ def test_other_decoders_are_counted(
     small = small_models.sdxl() if kind == "sdxl" else small_models.sd3(t5="T5" in kind)
     part = {
         "kind": kind.split()[0], "pretrained": str(small_models.save(small, tmp_path)), "image_size": 32,
-        "use_text_encoder": True, "use_t5": "T5" in kind,
+        "use_text_encoder": True, "options": {"use_t5": True} if "T5" in kind else {},
     }  # fmt: skip
     settings = smoke.model_copy(
         update={
@@ -148,8 +148,8 @@ def test_what_the_caches_take_is_what_they_hold(paths: Paths, scene_data: Path, 
     entries = shards.read_manifest(scene_data).splits["test"].shards
 
     def compute(x: torch.Tensor) -> dict[str, torch.Tensor]:
-        mean, spread = model.decoder.encode(x)
-        return {"mean": mean, "spread": spread, "features": model.encoder.features(x)}
+        mean, std = model.decoder.encode(x)
+        return {"mean": mean, "std": std, "features": model.encoder.features(x)}
 
     cache = ShardCache(tmp_path, "both", {}, scene_data, "test", compute)
     cache.fill(entries)

@@ -20,12 +20,12 @@ quick: &quick
   gates: [thresholds, champion, data, git]
   thresholds:
     scenes.exact_match: {min: 0.9}
-    reconstruction.recall: {min: 0.92, relative_to: reconstruction.ceiling.recall}
+    reconstruction.object_recall: {min: 0.92, relative_to: reconstruction.upper_bound.object_recall}
   champion:
     other_evaluation_set: refuse
     figures:
-      scenes.exact_match: {better: higher, tolerance: 0.01}
-      reconstruction.fid: {better: lower, tolerance: 1.0}
+      scenes.exact_match: {tolerance: 0.01}
+      reconstruction.fid: {tolerance: 1.0}
 served:
   gates: [serving]
 default:
@@ -93,7 +93,7 @@ def register(project: Paths, package: Path, tmp_path: Path) -> Register:
         model.mkdir(exist_ok=True)
         (model / "word.txt").write_text("cat")
         figures: dict[str, Any] = {"scenes": {"n": 600, "exact_match": exact, "examples": ["a"]}}
-        figures["reconstruction"] = {"recall": 0.9, "fid": fid, "ceiling": {"recall": 0.96}}
+        figures["reconstruction"] = {"object_recall": 0.9, "fid": fid, "upper_bound": {"object_recall": 0.96}}
         (tmp_path / "evaluate.json").write_text(json.dumps(figures))
         return registry.register(
             project,

@@ -15,7 +15,7 @@ from tests.conftest import profile
 from vlv import config
 from vlv.cli import main as cli
 from vlv.config import Paths
-from vlv.models import build as pretrained
+from vlv.models import language_model
 from vlv.models.captioner import Captioner
 from vlv.plan import rehearsal
 from vlv.plan.memory import PeakMemory
@@ -85,8 +85,9 @@ def test_two_steps_of_stage_2_take_the_memory_that_was_forecast(
 
 def test_a_model_without_words_learns_but_does_not_write(wide: Callable[[int], config.Config], paths: Paths) -> None:
     settings = wide(1000)
-    model, words = pretrained.language_model(settings.language_model, paths)
-    assert words is None and model.config.vocab_size == 1000
+    section = settings.language_model
+    assert language_model.tokenizer(section, paths) is None
+    assert language_model.build(section, paths).config.vocab_size == 1000
     with pytest.raises(ValueError, match="without a tokenizer"):
         Captioner.build(settings, paths).write(None)
 

@@ -26,9 +26,8 @@ def numbers(values: Mapping[str, Any]) -> dict[str, float]:
 
 def markdown(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
     """A Markdown table. None is an empty cell; line ends and bars in a cell do not break the table."""
-    lines = [[_cell(one) for one in row] for row in (columns, *rows)]
-    lines.insert(1, ["---"] * len(columns))
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    lines = ["|" + "".join(f" {_cell(one)} |" for one in row).replace("  |", " |") for row in (columns, *rows)]
+    return "\n".join([lines[0], "|" + "---|" * len(columns), *lines[1:]])
 
 
 def _cell(value: object) -> str:

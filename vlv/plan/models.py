@@ -6,8 +6,6 @@ from functools import partial
 from typing import Any
 
 import torch
-from diffusers import SD3Transformer2DModel, UNet2DConditionModel
-from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
@@ -15,14 +13,9 @@ from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from vlv.config import Config, Paths, Precision, Stage1, Training
-from vlv.models import adapters
-from vlv.models import build as pretrained
+from vlv.models import language_model
 from vlv.models.autoencoder import Autoencoder
 from vlv.models.captioner import Prefix
-from vlv.models.decoders.base import Decoder
-from vlv.models.decoders.sd3 import SD3Decoder
-from vlv.models.decoders.sdxl import SDXLDecoder
-from vlv.models.decoders.stable_diffusion import StableDiffusionDecoder
 from vlv.models.encoder import CaptionEncoder
 from vlv.plan.stand_ins import Target, like, on_target, stand_in
 from vlv.training import blocks
@@ -66,22 +59,12 @@ def autoencoder(
     _attend(model.encoder.florence, target)
     for text_encoder in text_encoders(model.decoder.conditioner):
         _attend(text_encoder, target)
-    drawing = denoiser(model.decoder)
-    if isinstance(drawing, UNet2DConditionModel):  # SD 3's transformer has the fused kernel everywhere
-        drawing.set_attn_processor(AttnProcessor2_0() if target == "gpu" else AttnProcessor())
+    model.decoder.use_fused_attention(target == "gpu")
     stand_in(model, mode)
     for name in ("alphas_cumprod", "sigmas", "timesteps"):
         if (table := getattr(model.decoder.scheduler, name, None)) is not None:
             setattr(model.decoder.scheduler, name, like(table, mode))
     return model
-
-
-def denoiser(decoder: Decoder[Any]) -> UNet2DConditionModel | SD3Transformer2DModel:
-    """The decoder's network."""
-    if isinstance(decoder, SD3Decoder):
-        return decoder.transformer
-    assert isinstance(decoder, StableDiffusionDecoder | SDXLDecoder)
-    return decoder.unet
 
 
 def text_encoders(conditioner: nn.Module) -> list[PreTrainedModel]:
@@ -95,16 +78,16 @@ def language_side(
     """Stage 2's prefix and language model, with what learns chosen."""
     section = settings.language_model
     with torch.device("meta"):
-        model = pretrained.language_model_alone(section.model_copy(update={"weights": "random"}), paths)
+        model = language_model.build(section.model_copy(update={"weights": "random"}), paths)
         width = model.get_input_embeddings().weight.shape[1]
         prefix = Prefix(
             settings.encoder.queries, context_width, section.prefix_width, width, positions=section.prefix_positions
         )
         if settings.stage2.learn == "mlp+lora":
-            adapters.insert(model, settings.stage2.lora)
+            language_model.insert_adapters(model, settings.stage2.lora)
     model.requires_grad_(settings.stage2.learn in ("mlp+llm", "mlp+llm+encoder"))
     if settings.stage2.learn == "mlp+lora":
-        adapters.set_learning(model)
+        language_model.train_adapters(model)
     _store_frozen(model, settings.stage2)
     _attend(model, target)
     for module in (prefix, model):
@@ -130,7 +113,8 @@ def _attend(model: PreTrainedModel, target: Target) -> None:
 def recompute_autoencoder(model: Autoencoder, target: Target, precision: Precision) -> None:
     """Switch gradient checkpointing on in all that learns or passes gradients."""
     recompute_encoder(model, target, precision)
-    denoiser(model.decoder).enable_gradient_checkpointing(partial(checkpoint, **_checkpointing(target, precision)))
+    denoiser: Any = model.decoder.denoiser
+    denoiser.enable_gradient_checkpointing(partial(checkpoint, **_checkpointing(target, precision)))
 
 
 def recompute_encoder(model: Autoencoder, target: Target, precision: Precision) -> None:

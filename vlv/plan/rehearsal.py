@@ -75,7 +75,7 @@ def stage1(settings: Config, paths: Paths, samples: int = 1) -> Rehearsed:
     def batch(model: Autoencoder, pictures: torch.Tensor) -> Stage1Batch:
         cached: dict[str, torch.Tensor] = {}
         if s.cache_latents:
-            cached["latent_mean"], cached["latent_spread"] = model.decoder.encode(pictures)
+            cached["latent_mean"], cached["latent_std"] = model.decoder.encode(pictures)
         if s.cache_features:
             cached["features"] = model.encoder.features(pictures)
         return Stage1Batch(None if s.cache_latents and s.cache_features else pictures, **cached)

@@ -13,11 +13,9 @@ from transformers import PreTrainedModel
 from vlv import config
 from vlv.models.autoencoder import Autoencoder
 from vlv.models.captioner import Prefix
-from vlv.models.conditioners.base import Conditioner, Context
-from vlv.models.conditioners.sd3 import SD3Conditioner
-from vlv.models.conditioners.stable_diffusion import TextConditioner
-from vlv.models.decoders.sd3 import SD3Decoder
-from vlv.plan import models
+from vlv.models.decoders.base import Conditioner, Context
+from vlv.models.decoders.sd3 import SD3Conditioner, SD3Decoder
+from vlv.models.decoders.stable_diffusion import TextConditioner
 from vlv.plan.counting import Recorder
 
 VAE, TOWER, BART_ENCODER, BART_DECODER, TEXT, UNET, TRANSFORMER = (
@@ -32,17 +30,17 @@ def stage1(model: Autoencoder, settings: config.Stage1, pictures: torch.Tensor, 
 
     @torch.no_grad()
     def latents(x: torch.Tensor) -> torch.Tensor:
-        mean, spread = decoder.encode(x)
-        return torch.cat([mean, spread], 1).float()
+        mean, std = decoder.encode(x)
+        return torch.cat([mean, std], 1).float()
 
-    mean, spread = at(VAE, [decoder.vae], latents, pictures).chunk(2, 1)
+    mean, std = at(VAE, [decoder.vae], latents, pictures).chunk(2, 1)
     embeddings = _embeddings(model, pictures, at)
     context = at(TEXT, [decoder.conditioner], lambda e: _packed(decoder.condition(e)), embeddings)
-    mean, spread, context = (x.repeat_interleave(draws, 0) for x in (mean, spread, context))
+    mean, std, context = (x.repeat_interleave(draws, 0) for x in (mean, std, context))
     noise = torch.empty_like(mean)
     drawn = torch.empty(len(mean), dtype=torch.long, device=mean.device)
-    noisy, target, timesteps = decoder.add_noise(mean + spread * noise, noise, drawn)
-    network = models.denoiser(decoder)
+    noisy, target, timesteps = decoder.add_noise(mean + std * noise, noise, drawn)
+    network = decoder.denoiser
     prediction = at(
         TRANSFORMER if isinstance(decoder, SD3Decoder) else UNET,
         [network],

@@ -10,11 +10,12 @@ import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, TypeAdapter, ValidationError, model_validator
 
 from vlv.config import Paths, Section
+from vlv.evaluation import metrics
 from vlv.io import files
 
 SERVING_SECONDS = 900  # with the download of a large model from a remote store
@@ -44,10 +45,16 @@ class Limit(Section):
 
 
 class Comparison(Section):
-    """How one figure is compared with the champion's."""
+    """How one figure is compared with the champion's. The table of metrics says which direction is better."""
 
-    better: Literal["higher", "lower"]
     tolerance: float = Field(ge=0.0, description="how much worse than the champion a version may be")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_direction(cls, given: Any) -> Any:
+        if isinstance(given, dict) and "better" in given:
+            raise ValueError("remove `better`: vlv/evaluation/metrics.py says which direction is better")
+        return given
 
 
 class VersusChampion(Section):
@@ -79,6 +86,14 @@ class Policy(Section):
             raise ValueError("the gate 'champion' needs the section 'champion'")
         if "thresholds" in self.gates and not self.thresholds:
             raise ValueError("the gate 'thresholds' needs the section 'thresholds'")
+        compared = list(self.champion.figures) if self.champion else []
+        limits = [*self.thresholds, *(limit.relative_to for limit in self.thresholds.values() if limit.relative_to)]
+        if unknown := [key for key in [*limits, *compared] if metrics.about(key) is None]:
+            raise ValueError(
+                f"metrics/evaluate.json has no figure {', '.join(unknown)}; its figures are named PART.NAME, "
+                "PART.upper_bound.NAME, PART.baselines.BASELINE.NAME, PART.versus_shuffled.NAME.low, and so on, with "
+                "the parts and names of vlv/evaluation/metrics.py"
+            )
         return self
 
 
@@ -222,13 +237,14 @@ def worse_than_champion(policy: Policy, figures: Figures, champion: Figures) -> 
     """One sentence for each figure that is worse than the champion's by more than its tolerance."""
     failures = []
     for key, comparison in policy.champion.figures.items() if policy.champion else ():
-        if key not in champion:
+        row = metrics.about(key)
+        if row is None or key not in champion:
             continue  # this figure of the champion was never measured
         value, theirs = figures.get(key), champion[key]
         if value is None:
             failures.append(f"{key} is not among the version's figures; the champion has {theirs:.4g}")
             continue
-        if comparison.better == "higher":
+        if row.better == "higher":
             limit, met, word = theirs - comparison.tolerance, value >= theirs - comparison.tolerance, "least"
         else:
             limit, met, word = theirs + comparison.tolerance, value <= theirs + comparison.tolerance, "most"

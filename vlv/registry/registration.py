@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from vlv import tracking
 from vlv.config import Paths
-from vlv.io import files
+from vlv.io import files, pin
 from vlv.io.tables import numbers
 from vlv.registry.versions import CHALLENGER, FIGURES_TAG, RegistryError, explained
 from vlv.tracking import store
@@ -190,7 +190,7 @@ def lineage(paths: Paths) -> dict[str, str]:
     return {
         "git_commit": _git(paths.root, "rev-parse", "HEAD") or UNKNOWN,
         "git_dirty": _dirty(paths.root),
-        "data_md5": _data_md5(paths.root / "data.dvc"),
+        "data_md5": _data_md5(paths.root / pin.POINTER),
         "dvc_lock_sha256": _sha256(paths.root / "dvc.lock"),
         "params_sha256": _sha256(paths.params),
         "profile": str(_yaml(paths.params).get("profile", UNKNOWN)),
@@ -233,8 +233,10 @@ def _sha256(path: Path) -> str:
 
 
 def _data_md5(pointer: Path) -> str:
-    outs = _yaml(pointer).get("outs")
-    return str(outs[0].get("md5", UNKNOWN)) if isinstance(outs, list) and outs else UNKNOWN
+    try:
+        return pin.pinned_md5(pointer)
+    except files.FileError:
+        return UNKNOWN
 
 
 def _yaml(path: Path) -> dict[str, object]:

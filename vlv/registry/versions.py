@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from vlv import tracking
 from vlv.config import Paths
+from vlv.evaluation import metrics
 from vlv.io import files
 from vlv.tracking import store
 
@@ -110,17 +111,7 @@ def explained(uri: str) -> Iterator[None]:
 
 
 def _row(one: "ModelVersion", aliases: list[str]) -> Version:
-    figures = figures_of(one)
-    shown = [
-        f"{label} {figures[key]:.4g}"
-        for key, label in (
-            ("scenes.exact_match", "exact"),
-            ("scenes.object_recall", "recall"),
-            ("reconstruction.object_recall", "reconstruction recall"),
-            ("reconstruction.fid", "FID"),
-        )
-        if key in figures
-    ]
+    shown = metrics.summary(figures_of(one))
     created = datetime.fromtimestamp(one.creation_timestamp / 1000, UTC).strftime("%Y-%m-%d %H:%M UTC")
     tags = {key: value for key, value in one.tags.items() if key != FIGURES_TAG}
-    return Version(one.name, int(one.version), aliases, created, ", ".join(shown), one.run_id, tags)
+    return Version(one.name, int(one.version), aliases, created, shown, one.run_id, tags)

@@ -10,7 +10,7 @@ from typing import Any
 from vlv import tracking
 from vlv.config import Config, Paths, Training
 from vlv.data import shards
-from vlv.evaluation import report
+from vlv.evaluation import figures
 from vlv.io import files
 from vlv.io.tables import numbers
 from vlv.stages import adoption
@@ -83,8 +83,8 @@ def training_record(
             "cost": ledger.costs(record.training, settings.compute),
         }
         files.write_json(record.paths.metrics / f"{record.stage}.json", record.figures)
-        report.write_curve(rows, record.paths.plots / f"{record.stage}.csv")
-        report.plot_curve(rows, record.stage, record.paths.plots / f"{record.stage}.png")
+        figures.write_curve(rows, record.paths.plots / f"{record.stage}.csv")
+        figures.plot_curve(rows, record.stage, record.paths.plots / f"{record.stage}.png")
         run.log_artifact(record.paths.plots / f"{record.stage}.png")
         run.log_artifact(record.model)
         run.log_metrics(numbers(record.figures), training.steps)

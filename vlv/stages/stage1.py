@@ -8,9 +8,8 @@ import torch
 from vlv.config import Config, Paths
 from vlv.data import shards
 from vlv.data.cache import ShardCache
-from vlv.data.loader import ShardLoader
-from vlv.data.prefetch import prefetched
-from vlv.evaluation import report
+from vlv.data.loader import ShardLoader, prefetched
+from vlv.evaluation import figures
 from vlv.models.autoencoder import Autoencoder, Stage1Batch
 from vlv.stages import caches, lineage
 from vlv.stages.record import Record, training_record
@@ -26,14 +25,14 @@ def run(settings: Config, paths: Paths) -> dict[str, Any]:
     def batches(step: int) -> Iterator[Stage1Batch]:
         for batch in prefetched(loader.batches(step * settings.stage1.accumulation), device):
             extra = batch.extra
-            yield Stage1Batch(batch.images, extra.get("features"), extra.get("latent_mean"), extra.get("latent_spread"))
+            yield Stage1Batch(batch.images, extra.get("features"), extra.get("latent_mean"), extra.get("latent_std"))
 
     origin = lineage.origin("stage1", settings, paths)
     record = Record("stage1", paths, origin)
     with training_record(record, settings, settings.stage1) as on_log:
         loop.train(model, batches, settings.stage1, record.training, origin.rest, on_log, "Stage 1")
         if runtime.is_main():
-            model.save(record.model, settings, paths, report.card("autoencoder", settings))
+            model.save(record.model, settings, paths, figures.card("autoencoder", settings))
     return record.result()
 
 

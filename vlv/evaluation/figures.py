@@ -1,17 +1,17 @@
-"""What people look at: curves, tables, cards."""
+"""What people look at: curves, bars, and the cards of saved models."""
 
 import csv
 import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from vlv.config import Config
+from vlv.evaluation import metrics
 from vlv.io import files
 
 
 def write_curve(rows: Sequence[Mapping[str, float]], path: Path) -> None:
-    """Rows of step, loss and so on as CSV, for `dvc plots`. Speeds are left out: they never repeat."""
+    """Step, loss and learning rate as CSV, for `dvc plots`. Speeds are left out, because no two runs have the same."""
     columns = ["step", "loss", "learning_rate"]
     buffer = io.StringIO()
     writer = csv.DictWriter(buffer, columns, extrasaction="ignore", lineterminator="\n")
@@ -34,17 +34,17 @@ def plot_curve(rows: Sequence[Mapping[str, float]], title: str, path: Path) -> N
 
 
 def plot_scores(groups: Mapping[str, Mapping[str, float]], title: str, path: Path) -> None:
-    """Bars of the scene figures, one colour for each group (captions, floors), as PNG."""
+    """Bars of the scenes' figures, one colour for each group (the captions, each baseline), as PNG."""
     from matplotlib.figure import Figure
 
-    names = ["background_accuracy", "object_recall", "object_precision", "position_accuracy", "exact_match"]
+    rows = [row for row in metrics.of("scenes", "tables", "models") if all(row.name in one for one in groups.values())]
     figure = Figure(figsize=(9, 4), layout="constrained")
     axes = figure.subplots()
     width = 0.8 / len(groups)
     for i, (group, values) in enumerate(groups.items()):
-        places = [k + i * width for k in range(len(names))]
-        axes.bar(places, [values[name] for name in names], width, label=group)
-    axes.set_xticks([k + 0.4 - width / 2 for k in range(len(names))], [n.replace("_", "\n") for n in names])
+        places = [k + i * width for k in range(len(rows))]
+        axes.bar(places, [values[row.name] for row in rows], width, label=group)
+    axes.set_xticks([k + 0.4 - width / 2 for k in range(len(rows))], [row.title.replace(" ", "\n") for row in rows])
     axes.set(title=title, ylim=(0, 1.05))
     axes.legend(fontsize=8, ncols=2)
     axes.grid(axis="y", alpha=0.3)
@@ -73,15 +73,3 @@ def card(kind: str, settings: Config) -> str:
 - made by: `dvc repro` with the configuration in config.json
 - method: Vision-Language-Vision auto-encoder, arXiv 2507.07104
 """
-
-
-def table(rows: Sequence[tuple[str, Mapping[str, Any]]], columns: Sequence[str]) -> str:
-    """A markdown table; a missing figure is an empty cell."""
-    head = "| | " + " | ".join(c.replace("_", " ") for c in columns) + " |"
-    rule = "|---|" + "---:|" * len(columns)
-    lines = ["| " + name + " | " + " | ".join(_cell(values.get(c)) for c in columns) + " |" for name, values in rows]
-    return "\n".join([head, rule, *lines])
-
-
-def _cell(value: Any) -> str:
-    return "" if value is None else f"{value:.3f}" if isinstance(value, float) else str(value)

@@ -44,8 +44,8 @@ def features(network: nn.Module, pictures: Sequence[Pixels], batch_size: int = 2
 def distance(a: torch.Tensor, b: torch.Tensor) -> float:
     """Squared Frechet distance of two Gaussians fitted to features (N, F) and (M, F).
 
-    |mu_a - mu_b|^2 + tr(C_a + C_b - 2 (C_a C_b)^(1/2)), covariances with N - 1. The samples should outnumber
-    the features for an absolute reading; with fewer, compare only with distances of as many samples.
+    |mu_a - mu_b|^2 + tr(C_a + C_b - 2 (C_a C_b)^(1/2)), covariances with N - 1. With fewer
+    samples than features the value depends on their number: compare it only with distances of as many samples.
 
     Raises:
         ValueError: fewer than two samples.

@@ -1,4 +1,4 @@
-"""Using what was trained: caption a folder of images, reconstruct a folder of images."""
+"""Captions or reconstructs every image of a folder with a trained model."""
 
 import logging
 from collections.abc import Iterator, Mapping
@@ -8,10 +8,10 @@ from typing import Any
 
 from vlv import config, registry
 from vlv.config import Paths
-from vlv.evaluation.reconstruct import psnr
+from vlv.evaluation.metrics import psnr_of_each
 from vlv.io import files, images
 from vlv.io.progress import meter
-from vlv.models import device
+from vlv.models import saved
 from vlv.models.autoencoder import Autoencoder
 from vlv.models.captioner import Captioner
 
@@ -26,9 +26,12 @@ class NoImagesError(ValueError):
 
 @dataclass
 class Report:
-    """How many images were done (in this run and an earlier one), and why others were not: name -> reason.
+    """How many images were done and which ones failed.
 
-    `failures`: the file that lists the others too, made only if there are any.
+    Attributes:
+        failures: a file that lists the failed images; it exists only if there are any.
+        done: images that were done, in this run and in earlier ones.
+        failed: name of an image -> why it failed.
     """
 
     failures: Path
@@ -65,10 +68,10 @@ def model_folder(paths: Paths, model: str | None, stage: str) -> Path:
 
 
 def find_images(folder: Path) -> list[Path]:
-    """Image files in `folder` and below, sorted; a single file stands for itself.
+    """The image files in `folder` and below, sorted. If `folder` is a file, it alone.
 
     Raises:
-        NoImagesError: no such folder, or none in it.
+        NoImagesError: the folder does not exist or holds no image.
     """
     if not folder.exists():
         raise NoImagesError(f"{folder} does not exist")
@@ -83,7 +86,7 @@ def find_images(folder: Path) -> list[Path]:
 def _readable(found: dict[str, Path], unreadable: dict[str, str]) -> Iterator[tuple[str, images.Pixels]]:
     for name, path in found.items():
         if path.exists() and not path.is_file():
-            unreadable[name] = "not a file"  # a named pipe would be waited for
+            unreadable[name] = "not a file"  # reading a named pipe would wait for ever
             continue
         try:
             yield name, images.decode(path.read_bytes(), name)
@@ -101,10 +104,10 @@ def _named(folder: Path) -> dict[str, Path]:
 
 
 class _Captions:
-    """Captions on their way: a file of JSON lines, so that a killed run goes on where it was, and one in which some
-    images failed tries those again.
+    """The captions of a run that has not ended, in a file of JSON lines.
 
-    A caption counts as long as its image file is the same, and if it was written in the same way (`how`).
+    A killed run goes on with it, and a run in which some images failed tries only those again. A caption is kept while
+    its image file is unchanged and if it was written in the same way (`how`).
     """
 
     def __init__(self, path: Path, how: dict[str, Any], found: dict[str, Path]) -> None:
@@ -125,13 +128,13 @@ class _Captions:
         }
 
     def add(self, name: str, caption: str) -> None:
-        """Write a caption through to the disk."""
+        """Append a caption to the file, durably."""
         row = {"image": name, "caption": caption, "file": _stamp(self._found[name])}
         files.append_json_line(self._path, row)
         self.done[name] = caption
 
     def remove(self) -> None:
-        """Forget them: they are all where they should be."""
+        """Delete the file, when all captions are in the output."""
         self._path.unlink(missing_ok=True)
 
 
@@ -141,7 +144,7 @@ def _is_row(row: dict[str, Any]) -> bool:
 
 
 def _stamp(path: Path) -> list[int]:
-    """Size in bytes and time of modification in nanoseconds; of a file that is gone, nothing."""
+    """Size in bytes and time of modification in nanoseconds; an empty list if the file is gone."""
     try:
         status = path.stat()
     except OSError:
@@ -156,15 +159,15 @@ def caption_folder(
 
     `writing`: keys of `Generation` that replace the saved model's own.
 
-    Captions go to `output`.partial as they are written; it stays until no image is left. Images that cannot be read
-    are listed in `output`.failures.jsonl. Where not one could be captioned `output` stays as it was.
+    Captions are appended to `output`.partial, which stays until all images are done. Images that cannot be read are
+    listed in `output`.failures.jsonl. If no image could be captioned, `output` is not changed.
 
     Raises:
         NoImagesError, ModelFolderError, RegistryError: before anything is written.
     """
     found = _named(folder)
     chosen = model_folder(paths, model, "stage2")
-    captioner = Captioner.load(chosen, paths).to(device.for_inference())
+    captioner = Captioner.load(chosen, paths).to(saved.inference_device())
     captioner.generation = captioner.generation.model_validate({**captioner.generation.model_dump(), **(writing or {})})
     how = {"model": files.sha256_folder(chosen), "generation": captioner.generation.model_dump()}
     captions = _Captions(output.with_name(output.name + ".partial"), how, found)
@@ -212,7 +215,7 @@ def reconstruct_folder(
     `seed` in the images' sorted order. Images that cannot be read are listed in figures.json and failures.jsonl.
     """
     found = _named(folder)
-    autoencoder = Autoencoder.load(model_folder(paths, model, "stage1"), paths).to(device.for_inference())
+    autoencoder = Autoencoder.load(model_folder(paths, model, "stage1"), paths).to(saved.inference_device())
     side, seen = size or autoencoder.decoder.image_size, autoencoder.encoder.preprocessing
     report = Report(output / "failures.jsonl")
     figures: dict[str, float] = {}
@@ -225,7 +228,7 @@ def reconstruct_folder(
             files.write_bytes(output / target, images.encode_png(drawn))
             pair = images.grid([[square, drawn]], tile=max(side, 128))
             files.write_bytes(output / "side-by-side" / target, images.encode_png(pair))
-            figures[name] = round(psnr([drawn], [square]), 3)
+            figures[name] = round(float(psnr_of_each([drawn], [square])[0]), 3)
             progress.advance()
     report.done = len(figures)
     result = {

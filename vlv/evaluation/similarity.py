@@ -4,11 +4,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from transformers import AutoModel, AutoTokenizer
 
-from vlv.evaluation import intervals
+Cosines = NDArray[np.float64]
 
 
 class SentenceModelError(ValueError):
@@ -43,17 +45,8 @@ class SentenceModel:
         return torch.cat(parts)
 
 
-def similarity(model: SentenceModel, written: Sequence[str], true: Sequence[str]) -> dict[str, Any]:
-    """Mean cosine in [-1, 1] of each caption with its own true one, and with another image's as the floor."""
+def cosines(model: SentenceModel, written: Sequence[str], true: Sequence[str]) -> tuple[Cosines, Cosines]:
+    """Cosines in [-1, 1] of each of N captions, (N,): with its own true caption, and with another image's."""
     ours, theirs = model.embed(written), model.embed(true)
-    own, another = ((x * theirs).sum(-1) for x in (ours, ours.roll(-1, 0)))
-    return {
-        "n": len(written),
-        "similarity": round(own.mean().item(), 4),
-        "floors": {"shuffled": {"similarity": round(another.mean().item(), 4)}},
-        intervals.KEY: {"similarity": intervals.difference(_terms(own), _terms(another)).to_json()},
-    }
-
-
-def _terms(cosines: torch.Tensor) -> intervals.Terms:
-    return intervals.means(cosines.double().numpy())
+    own, another = ((x * theirs).sum(-1).double().numpy() for x in (ours, ours.roll(-1, 0)))
+    return own, another
