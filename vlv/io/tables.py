@@ -26,9 +26,9 @@ def numbers(values: Mapping[str, Any]) -> dict[str, float]:
 
 def markdown(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
     """A Markdown table. None is an empty cell; line ends and bars in a cell do not break the table."""
-    lines = ["|" + "".join(f" {_cell(one)} |" for one in row).replace("  |", " |") for row in (columns, *rows)]
-    return "\n".join([lines[0], "|" + "---|" * len(columns), *lines[1:]])
+    return "\n".join([_row(columns), "|" + "---|" * len(columns), *map(_row, rows)])
 
 
-def _cell(value: object) -> str:
-    return "" if value is None else " ".join(str(value).replace("|", "\\|").split())
+def _row(cells: Sequence[object]) -> str:
+    texts = ["" if cell is None else " ".join(str(cell).replace("|", "\\|").split()) for cell in cells]
+    return "|" + "".join(f" {text} |" if text else " |" for text in texts)
