@@ -21,7 +21,7 @@ from vlv import config
 from vlv.config import Config, Paths
 from vlv.data.loader import Batch, Grouping, ShardLoader
 from vlv.data.shards import DataError
-from vlv.io import files
+from vlv.io import files, tables
 from vlv.io.progress import meter
 from vlv.models import caption_tokens, saved
 from vlv.models.autoencoder import Autoencoder, Stage1Batch
@@ -213,14 +213,14 @@ def _logits(settings: Config, paths: Paths, batch: Stage2Batch) -> Pair:
 
 def table(measured: Sequence[dict[str, Any]]) -> str:
     """Markdown."""
-    lines = ["| | beside | seconds | control | ratio | quartiles |", "|---|---|---|---|---|---|"]
-    for one in measured:
-        low, high = one["quartiles"]
-        lines.append(
-            f"| {one['ours']} | {one['control']} | {one['seconds']:.3f} | {one['control_seconds']:.3f} "
-            f"| **{one['ratio']:.2f}** | {low:.2f} - {high:.2f} |"
+    rows = [
+        (
+            one["ours"], one["control"], f"{one['seconds']:.3f}", f"{one['control_seconds']:.3f}",
+            f"**{one['ratio']:.2f}**", "{:.2f} - {:.2f}".format(*one["quartiles"]),
         )
-    return "\n".join(lines)
+        for one in measured
+    ]  # fmt: skip
+    return tables.markdown(["", "beside", "seconds", "control", "ratio", "quartiles"], rows)
 
 
 def main() -> None:

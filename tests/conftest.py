@@ -133,7 +133,7 @@ def trained(trained_smoke: Path, tmp_path: Path) -> Path:
 def prefect_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
     """A Prefect server with the work pool `vlv`; yields the environment that leads there."""
     with servers.prefect(tmp_path_factory.mktemp("prefect")) as where:
-        made = projects.run(projects.python("-m", "flows.pool"), Path.cwd(), **where)
+        made = projects.run(projects.python("-m", "flows.full_train", "--make-pool"), Path.cwd(), **where)
         assert made.returncode == 0, made.stderr
         yield where
 

@@ -69,7 +69,7 @@ def _replace(path: Path, old: str, new: str) -> None:
     ("models/captioner.py", "if begin is None else", "if begin == 7 else", MODELS - {"stage1"}),
     ("evaluation/metrics.py", "255**2", "256**2", {"evaluate"}),
     ("data/gate.py", "min_value=gate.min_side", "min_value=gate.min_side + 1", {"validate"}),
-    ("serving/captioner_model.py", "self.captioner.caption(pictures)", "[]", {"register"}),
+    ("registry/serving.py", "self.captioner.caption(_pictures(model_input))", "[]", {"register"}),
 ], ids=lambda value: value if isinstance(value, str) and value.endswith(".py") else "")  # fmt: skip
 def test_a_change_that_decides_a_number_makes_its_stages_stale(
     package: Path, file: str, old: str, new: str, stale: set[str]

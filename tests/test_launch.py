@@ -8,7 +8,6 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 import psutil
 import pytest
@@ -130,7 +129,7 @@ def test_a_stage_starts_its_processes_stops_with_them_and_resumes_alone(smoke: P
         stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
     deadline = time.monotonic() + 100
-    while not _rows(project) and stage.poll() is None and time.monotonic() < deadline:
+    while not projects.curve(project, "stage1") and stage.poll() is None and time.monotonic() < deadline:
         time.sleep(0.01)
     children = psutil.Process(stage.pid).children(recursive=True)
     stage.send_signal(signal.SIGTERM)
@@ -144,8 +143,3 @@ def test_a_stage_starts_its_processes_stops_with_them_and_resumes_alone(smoke: P
     smoke = config.load(config.Paths(project)).stage1
     assert figures["cost"]["sessions"] == 2 and figures["cost"]["flops"] > 0 and figures["cost"]["money"] is None
     assert figures["cost"]["samples"] == smoke.steps * smoke.batch_size, "no step was lost, none done twice"
-
-
-def _rows(project: Path) -> list[Any]:
-    curves = list((project / "work" / "stage1").glob("training-*/curve.jsonl"))
-    return files.read_json_lines(curves[0]) if curves else []

@@ -16,7 +16,7 @@ from rich.console import Console
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 
-from flows import report
+from flows import artifacts
 from tests import image_sets
 from tests.conftest import ROOT, tiny
 from tests.test_registry import GOOD, SCRIPT
@@ -28,10 +28,10 @@ from vlv.evaluation import intervals, metrics
 from vlv.evaluation.metrics import Compared
 from vlv.evaluation.similarity import SentenceModel, cosines
 from vlv.io import files
+from vlv.io.tables import numbers
 from vlv.models.autoencoder import Autoencoder
 from vlv.models.captioner import Captioner
 from vlv.registry.policy import below_thresholds
-from vlv.registry.versions import numbers
 from vlv.stages import evaluate
 
 THINGS = ["bicycle", "bridge", "candle", "castle", "guitar", "harbour", "kitchen", "mountain", "teapot", "violin"]
@@ -119,13 +119,16 @@ def register(project: Paths, tmp_path: Path) -> Register:
     (tmp_path / "weights").mkdir()
     (tmp_path / "weights" / "word.txt").write_text("cat")
 
+    with tracking.start_run(project, "register", system_metrics=False) as run:
+        run_id = run.wait_for_id()
+
     def make(name: str, figures: dict[str, Any]) -> int:
         files.write_json(tmp_path / "evaluate.json", figures)
         return registry.register(
             project, name, dataclasses.replace(registry.CAPTIONER, script=tmp_path / "script.py"),
             model_folder=tmp_path / "weights", example={"image": [base64.b64encode(b"picture").decode()]},
             evaluation=tmp_path / "evaluate.json", tags={**GOOD, "profile": "photos"},
-            run_id=tracking.create_parent_run(project, "register"), code=package,
+            run_id=run_id, code=package,
         )  # fmt: skip
 
     return make
@@ -164,13 +167,13 @@ def test_with_a_known_truth_it_is_named_and_refused_as_well(scene_data: Path, se
 
 @pytest.mark.slow
 def test_the_report_says_so(project: Paths) -> None:
-    (sentence, *_) = report.not_better_than_shuffled(project)
+    (sentence, *_) = artifacts.not_better_than_shuffled(project)
     assert sentence.startswith("captions.similarity is not clearly better than on shuffled images: 0.")
     written = StringIO()
-    report.show(Console(file=written, width=200), project, {"evaluate": "ran"}, 1.0, "")
+    artifacts.show(Console(file=written, width=200), project, {"evaluate": "ran"}, 1.0, "")
     assert sentence in written.getvalue()
-    assert report.figures(project)[0].title == "10 captions against the true ones"
-    assert report.not_better_than_shuffled(Paths(project.root / "nothing here")) == []
+    assert artifacts.figures(project)[0].title == "10 captions against the true ones"
+    assert artifacts.not_better_than_shuffled(Paths(project.root / "nothing here")) == []
 
 
 @pytest.mark.slow
@@ -180,7 +183,7 @@ def test_no_profile_name_promotes_it(project: Paths, register: Register) -> None
         registry.promote(project, "unlearned")
     (why,) = (one for one in refused.value.failures if "captions." in one)
     assert why.startswith("thresholds: captions.versus_shuffled.similarity.low is -")
-    assert "more than 0 is asked for (the captions are not clearly nearer to their own image's true caption" in why
+    assert "must be more than 0 (the captions are not clearly nearer to their own image's true caption" in why
     assert not any(one.startswith(("data", "git", "serving", "champion")) for one in refused.value.failures)
 
 
@@ -211,7 +214,9 @@ def test_a_model_that_did_learn_becomes_champion_without_a_known_truth(
     assert registry.promote(project, "learned").version == 1  # all gates of the shipped policy, serving among them
     figures["captions"]["similarity"] -= 0.1
     register("learned", figures)
-    with pytest.raises(registry.PromotionRefused, match=r"champion: captions\.similarity is 0\.9, at least 0\.99"):
+    with pytest.raises(
+        registry.PromotionRefused, match=r"champion: captions\.similarity is 0\.9, but must be at least 0\.99"
+    ):
         registry.promote(project, "learned")
 
 

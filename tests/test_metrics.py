@@ -9,14 +9,15 @@ from typing import Any
 import numpy as np
 import pytest
 
-from flows import report
+from flows import artifacts
 from tests.conftest import ROOT
 from vlv import config, registry
 from vlv.config import Paths
 from vlv.evaluation import figures, intervals, metrics, truth
 from vlv.evaluation.metrics import Compared, Metric
+from vlv.io.tables import numbers
 from vlv.registry.policy import below_thresholds, worse_than_champion
-from vlv.registry.versions import figures_of, numbers
+from vlv.registry.versions import figures_of
 
 
 def _mean_error(compared: Compared) -> intervals.Terms:
@@ -54,10 +55,10 @@ def test_one_row_is_enough_for_a_new_metric(tmp_path: Path, monkeypatch: pytest.
     paths = Paths(tmp_path)
     paths.metrics.mkdir()
     (paths.metrics / "evaluate.json").write_text(json.dumps(measured))
-    scenes, drawn = (table.markdown() for table in report.figures(paths))
+    scenes, drawn = (table.markdown() for table in artifacts.figures(paths))
     assert "| exact scene | nothing wrong |" in scenes and "| baseline: shuffled | - | 0.250 |" in scenes
     assert "| error, levels |" in drawn and "| 5.0 |" in drawn
-    assert report.headline(paths)["reconstruction.mean_error"] == 5.0
+    assert artifacts.headline(paths)["reconstruction.mean_error"] == 5.0
 
     labels: list[str] = []
     monkeypatch.setattr("matplotlib.axes.Axes.set_xticks", lambda self, places, names: labels.extend(names))
@@ -78,7 +79,7 @@ def test_one_row_is_enough_for_a_new_metric(tmp_path: Path, monkeypatch: pytest.
     policy = registry.load_policy(paths, "any")
     assert below_thresholds(policy, numbers(measured), None)[0].startswith("scenes.nothing_wrong is 0.6667")
     (worse,) = worse_than_champion(policy, numbers(measured), {"reconstruction.mean_error": 3.0})
-    assert worse.startswith("reconstruction.mean_error is 5, at most 4 is asked for")
+    assert worse.startswith("reconstruction.mean_error is 5, but must be at most 4;")
 
 
 def test_a_figure_of_no_row_is_refused_in_the_policy(tmp_path: Path) -> None:

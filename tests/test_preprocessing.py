@@ -100,8 +100,7 @@ def _serve(model: Any, folder: Path, photo: Path, **params: Any) -> None:
 def test_a_picture_reaches_the_vision_tower_as_in_training(
     resize: str, photo: Path, paths: Paths, tmp_path: Path
 ) -> None:
-    from vlv.serving.autoencoder_model import AutoencoderModel
-    from vlv.serving.captioner_model import CaptionerModel
+    from vlv.registry.serving import AutoencoderModel, CaptionerModel
 
     settings = _settings(resize)
     loaded = _trained_on(photo, settings, tmp_path / "data")

@@ -17,12 +17,12 @@ _BOTTOM = 0
 _LEVELS = {
     3: {"cli", "__main__"},
     2: {"stages", "tiny", "plan", "convert", "inference"},
-    1: {"data", "models", "training", "evaluation", "registry", "serving"},
+    1: {"data", "models", "training", "evaluation", "registry"},
     0: {"config", "dropout", "inputs", "io", "rng", "tracking"},
 }
 _LEVEL = {name: level for level, names in _LEVELS.items() for name in names}
 # Served models run alone, in MLflow's process, as a stage does. The registry and the flows read the table of metrics.
-_EXCEPTIONS = {("serving", "models"), ("registry", "evaluation")}
+_EXCEPTIONS = {("registry", "models"), ("registry", "evaluation")}
 _BAD_NAMES = {"utils", "util", "common", "helper", "helpers", "manager", "managers", "misc"}
 _PICKLES = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "marshal", "shelve"}
 
@@ -66,8 +66,8 @@ def _wrong_imports(path: Path) -> Iterator[str]:
             yield f"{dotted}: the package itself imports nothing"
         elif top in {"prefect", "dvc", "flows", "tests"}:
             yield f"{dotted}: the library does not know it"
-        elif top == "mlflow" and own not in {"tracking", "registry", "serving"}:
-            yield f"{dotted}: only tracking, registry and serving know MLflow"
+        elif top == "mlflow" and own not in {"tracking", "registry"}:
+            yield f"{dotted}: only tracking and registry know MLflow"
         elif not other or other == own or (own, other) in _EXCEPTIONS:
             continue
         elif other not in _LEVEL:

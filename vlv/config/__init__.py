@@ -13,8 +13,7 @@ from vlv.config.compute import Compute, LaunchByStage
 from vlv.config.data import Data, DataGate, Encoding, ImportedSource, Resize, ScenesSource
 from vlv.config.models import Decoder, Encoder, Generation, LanguageModel
 from vlv.config.paths import Paths
-from vlv.config.results import Evaluate, Register
-from vlv.config.tracking import Tracking
+from vlv.config.results import Evaluate, Register, Tracking
 from vlv.config.training import Lora, Optimizer, Stage1, Stage2, Timesteps, Training
 from vlv.io import files
 

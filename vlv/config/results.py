@@ -1,4 +1,4 @@
-"""What happens to trained models: evaluation, registration."""
+"""What happens to what a training leaves: evaluation, registration, a copy of its curves."""
 
 from typing import Annotated
 
@@ -43,3 +43,16 @@ class Register(Section):
     captioner_name: str
     autoencoder_name: str
     promote: bool = Field(description="the flow promotes the new version if it passes the gates")
+
+
+class Tracking(Section):
+    """A copy of the curves. DVC does not track this section: nothing here changes what is computed."""
+
+    wandb_project: str | None = Field(
+        default=None, description="Weights & Biases project that training curves are copied to; null: none"
+    )
+    wandb_online: bool = Field(
+        default=False,
+        description="false: the copy is written to work/wandb, and `wandb sync` sends it; true: it is sent during the "
+        "training",
+    )

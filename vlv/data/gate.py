@@ -17,7 +17,7 @@ from vlv.data import shards
 from vlv.data.inspection import inspect
 from vlv.data.shards import DataError, Manifest
 from vlv.data.vocabulary import Coverage, Vocabulary
-from vlv.io import telemetry
+from vlv.io import tables, telemetry
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -288,18 +288,15 @@ def summary_markdown(verdict: Verdict) -> str:
     counts = ", ".join(f"{split} {count:,}" for split, count in verdict.samples.items()) or "none read"
     lines = [f"# Data gate: {'passed' if verdict.success else 'FAILED'}", "", f"Samples: {counts}.", ""]
     for result in verdict.failures():
-        lines += [f"- **{result.name}**: {_cell(result.message)}"]
+        message = result.message.replace("\n", " ")
+        lines += [f"- **{result.name}**: {message}"]
     splits = list(dict.fromkeys(result.split for result in verdict.results))
-    lines += ["", "| expectation | " + " | ".join(splits) + " |", "|---|" + "---|" * len(splits)]
     by_place = {(result.requirement, result.split): result for result in verdict.results}
+    rows = []
     for requirement in dict.fromkeys(result.requirement for result in verdict.results):
-        cells = []
+        cells = [requirement]
         for split in splits:
             one = by_place.get((requirement, split))
             cells.append("" if one is None else "ok" if one.success else f"**{one.unexpected} of {one.checked}**")
-        lines.append(f"| {_cell(requirement)} | " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
-
-
-def _cell(text: str) -> str:
-    return text.replace("|", "\\|").replace("\n", " ")
+        rows.append(cells)
+    return "\n".join([*lines, "", tables.markdown(["expectation", *splits], rows)]) + "\n"

@@ -28,6 +28,7 @@ NEUTRAL = (
     "vlv.stages.adoption",
     "vlv.io.files",  # moves bytes; a number that passes through it is written and read as it is
     "vlv.tracking",  # MLflow's records
+    "vlv.io.tables",  # what is shown and logged
     "vlv.io.telemetry",  # switches of libraries
     "vlv.io.progress",  # the screen
     "vlv.evaluation.figures",  # plots and cards

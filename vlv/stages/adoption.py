@@ -10,7 +10,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from vlv import config
+from vlv import config, tracking
 from vlv.config import ConfigError, Paths
 from vlv.io import files
 from vlv.stages import lineage
@@ -64,6 +64,7 @@ def adopt(stage: str, paths: Paths) -> Path:
         adopted = [*before["adopted"], {"step": step, "changed": changed}]
         files.write_json(old / _FILE, {"code": origin.code, "rest": origin.rest, "adopted": adopted})
     with files.folder_lock(target, "adoption"):
+        tracking.keep_undelivered(paths, target)
         shutil.rmtree(target)  # begun, without a checkpoint
     old.replace(target)
     return target

@@ -14,10 +14,10 @@ from vlv.evaluation.metrics import Compared
 from vlv.evaluation.similarity import SentenceModel, cosines
 from vlv.io import assets, files, images
 from vlv.io.images import Pixels
+from vlv.io.tables import numbers
 from vlv.models import saved
 from vlv.models.autoencoder import Autoencoder
 from vlv.models.captioner import Captioner
-from vlv.registry.versions import numbers
 from vlv.stages import outputs
 
 log = logging.getLogger(__name__)

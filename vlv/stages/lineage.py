@@ -25,7 +25,7 @@ SETTINGS = {
 # How a step is computed, not what: a stopped training may go on with another choice.
 _FREE = {"accumulation", "gradient_checkpointing"}
 # The code that MLflow runs when it serves a registered version.
-_SERVED = ("vlv.serving.captioner_model:CaptionerModel", "vlv.serving.autoencoder_model:AutoencoderModel")
+_SERVED = ("vlv.registry.serving:ServedModel",)
 
 
 def decoder_code(section: config.Decoder) -> list[str]:

@@ -65,7 +65,7 @@ def train(
             numbers from `generator` (torch.Generator). Parameters with `requires_grad` are trained.
         batches: `batches(step)` yields this process's micro-batches from the first one of `step` (0-based) on,
             always the same ones.
-        folder: holds the checkpoints, the lock and the ledger.
+        folder: holds the checkpoints, the lock, the run's record and the ledger.
         input_hash: hash of everything that decides the result. A checkpoint with another hash is refused.
         on_log: called in the main process every `log_every` steps with the number of finished steps and the values
             loss (mean since the last call), learning_rate and samples_per_second.

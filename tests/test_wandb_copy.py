@@ -1,4 +1,4 @@
-"""The Weights & Biases mirror: the curve arrives, and nothing that is wrong with it holds a training up."""
+"""The copy for Weights & Biases: the curve arrives, and nothing that is wrong with it holds up a training."""
 
 import logging
 import socket
@@ -11,8 +11,8 @@ from wandb.proto import wandb_internal_pb2
 
 from tests import servers
 from vlv.config import Paths, Tracking
-from vlv.tracking import mirror as mirror_module
-from vlv.tracking.mirror import CLOSE_SECONDS, mirrored
+from vlv.tracking import wandb_copy as module
+from vlv.tracking.wandb_copy import CLOSE_SECONDS, wandb_copy
 from vlv.training import distributed
 
 
@@ -51,19 +51,19 @@ def _curve(folder: Path, key: str) -> list[tuple[int, float]]:
 
 
 def test_the_curve_is_there_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(mirror_module, "CLOSE_SECONDS", 120.0)  # for what takes three on a quiet machine
+    monkeypatch.setattr(module, "CLOSE_SECONDS", 120.0)  # for what takes three on a quiet machine
     paths, settings = Paths(tmp_path), Tracking(wandb_project="vlv")
-    with mirrored(settings, paths, "stage1", "stage1-abc", {"stage1": {"steps": 30}}) as mirror:
+    with wandb_copy(settings, paths, "stage1", "stage1-abc", {"stage1": {"steps": 30}}) as copy:
         for step in (10, 20, 30):
-            mirror.log({"loss": 1 / step}, step)
+            copy(step, {"loss": 1 / step})
     # wandb's own process writes the file, and may still be at it.
     servers.wait(lambda: len(_curve(paths.work / "wandb", "loss")) == 3, "the curve's file")
     assert _curve(paths.work / "wandb", "loss") == [(10, 1 / 10), (20, 1 / 20), (30, 1 / 30)]
 
 
 def test_without_a_project_nothing_is_written(tmp_path: Path) -> None:
-    with mirrored(Tracking(), Paths(tmp_path), "stage1", "a", {}) as mirror:
-        mirror.log({"loss": 1.0}, 1)
+    with wandb_copy(Tracking(), Paths(tmp_path), "stage1", "a", {}) as copy:
+        copy(1, {"loss": 1.0})
     assert list(tmp_path.iterdir()) == []
 
 
@@ -78,8 +78,8 @@ def test_a_dead_service_holds_nothing_up(
         monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
         settings = Tracking(wandb_project="vlv", wandb_online=True)
         start = time.monotonic()
-        with caplog.at_level(logging.WARNING), mirrored(settings, Paths(tmp_path), "stage1", "b", {}) as mirror:
-            mirror.log({"loss": 1.0}, 1)
+        with caplog.at_level(logging.WARNING), wandb_copy(settings, Paths(tmp_path), "stage1", "b", {}) as copy:
+            copy(1, {"loss": 1.0})
             assert time.monotonic() - start < 5, "logging waited"
         assert time.monotonic() - start < CLOSE_SECONDS + 10
     assert "Weights & Biases does not answer" in caplog.text
