@@ -17,8 +17,7 @@ from vlv.cli import main as cli
 from vlv.config import Paths
 from vlv.models import build as pretrained
 from vlv.models.captioner import Captioner
-from vlv.plan import rehearsal
-from vlv.plan.memory import PeakMemory
+from vlv.plan.rehearse import PeakMemory, TooLargeError, rehearse
 
 pytestmark = pytest.mark.training  # real steps, some in a process of their own
 MIB = 2**20
@@ -76,7 +75,7 @@ def test_two_steps_of_stage_2_take_the_memory_that_was_forecast(
 ) -> None:
     settings = wide(100_000)
     stage2 = settings.stage2.model_copy(update={"learn": learn, "max_caption_tokens": 200})
-    done = _alone(rehearsal.stage2, settings.model_copy(update={"stage2": stage2}), paths, 2)
+    done = _alone(rehearse, settings.model_copy(update={"stage2": stage2}), paths, "stage2", 2)
     assert done.peak == pytest.approx(done.expected, rel=0.15)
     learned = 60 * 12 * 1_000_000 if learn == "mlp+llm" else 0  # 60 M parameters with AdamW's two averages
     assert learned < done.checkpoint < learned + 30_000_000
@@ -92,8 +91,8 @@ def test_a_model_without_words_learns_but_does_not_write(wide: Callable[[int], c
 
 
 def test_what_will_not_fit_is_not_begun(wide: Callable[[int], config.Config], paths: Paths) -> None:
-    with pytest.raises(rehearsal.TooLargeError, match=r"stage2 needs \d+.* GiB for 1 samples.*vlv plan"):
-        rehearsal.stage2(wide(200_000_000), paths)
+    with pytest.raises(TooLargeError, match=r"stage2 needs \d+.* GiB for 1 samples.*vlv plan"):
+        rehearse(wide(200_000_000), paths, "stage2")
 
 
 def test_the_command_rehearses_both_stages_with_changed_values(
