@@ -1,4 +1,4 @@
-"""The plan: FLOPs against known figures and against real steps, memory against real allocations, and the arithmetic."""
+"""The plan: FLOPs beside known figures and real steps, memory beside real allocations, and the arithmetic."""
 
 import json
 from pathlib import Path

@@ -90,6 +90,6 @@ def test_the_plan_takes_the_machine_from_the_profile(
     code, told = plan()
     assert code == 0 and "stage1 on 2 x L40S, sharding none, micro-batch 2:" in told and "stage2 on 2 x L40S" in told
     code, told = plan("--gpu", "RTX 4090", "--count", "1", "--sharding", "zero2")
-    assert code == 0 and "stage1 on 1 x RTX 4090, sharding zero2: 4 at a time" in told
+    assert code == 0 and "stage1 on 1 x RTX 4090, sharding zero2, micro-batch 4:" in told
     code, told = plan("--set", "stage2.batch_size=2000000", "--set", "stage2.accumulation=1")
     assert code == 1 and "does not fit" in told
