@@ -54,7 +54,7 @@ def _replace(path: Path, old: str, new: str) -> None:
 
 @pytest.mark.parametrize(("file", "old", "new", "stale"), [
     ("models/decoders/base.py", "posterior.std * scale", "posterior.std * scale * 3.0", MODELS),
-    ("models/conditioners/stable_diffusion.py", "return self.condition(embeddings)\n",
+    ("models/decoders/stable_diffusion.py", "return self.condition(embeddings)\n",
      "return self.condition(embeddings) * 2.0\n", MODELS),
     ("tiny/scenes.py", "return Scene(background, tuple(sorted(objects)))", "return Scene(0, tuple(sorted(objects)))",
      {"evaluate"}),
@@ -85,7 +85,7 @@ def test_words_plots_logs_and_other_kinds_make_nothing_stale(package: Path) -> N
     _replace(package / "training/checkpoint.py", "going back to the one before it", "passed over")
     _add(package / "models/decoders/sd3.py", "\n\nNEW = 1\n")
     (package / "models/decoders/new.py").write_text("class NewDecoder: ...\n")
-    _replace(package / "config/models.py", '"sdxl", "sd3"', '"sdxl", "sd3", "new"')
+    _replace(package / "config/models.py", '"sd3": "3 and 3.5"', '"sd3": "3 and 3.5", "new": "a new one"')
     (package / "evaluation/new_metric.py").write_text("def metric() -> float:\n return 1.0\n")
     _add(package / "tiny/counting.py", "\n\ndef new_metric() -> float:\n return 1.0\n")
     _add(package / "models/encoder.py", "\n# a comment\n")
@@ -97,7 +97,8 @@ def test_only_the_configured_kind_of_decoder_counts(package: Path) -> None:
     edit = lambda: _replace(sd3, "sigma * noise + (1.0 - sigma)", "sigma * noise + (1.1 - sigma)")  # noqa: E731
     assert _changed(package, edit, "sd35") == MODELS
     for kind in ("stable_diffusion", "sdxl", "sd3"):
-        found = closure.hashes([f"vlv.models.{side}.{kind}:build" for side in ("conditioners", "decoders")])
+        section = profile("tiny").decoder.model_copy(update={"kind": kind})
+        found = closure.hashes(lineage.decoder_code(section))
         others = {"stable_diffusion", "sdxl", "sd3"} - {kind}
         assert not [name for name in found if name.rpartition(".")[2] in others]
 

@@ -23,8 +23,7 @@ from tests.test_registry import GOOD, SCRIPT
 from vlv import config, registry, tracking
 from vlv.config import Paths
 from vlv.data.import_.importer import Wanted, import_images
-from vlv.data.import_.recipe import Recipe
-from vlv.data.import_.splits import Shares
+from vlv.data.import_.recipe import Recipe, Shares
 from vlv.evaluation import intervals
 from vlv.evaluation.reconstruct import psnr_of_each
 from vlv.evaluation.sentences import SentenceModel, similarity

@@ -16,7 +16,7 @@ from tests.train_together import STEPS, train
 from vlv import rng as draws
 from vlv.config import ConfigError, Timesteps
 from vlv.io import files
-from vlv.models.decoders.timesteps import draw_timesteps
+from vlv.models.decoders.base import draw_timesteps
 from vlv.training import runtime, workers
 
 LAUNCH = ROOT / "configs" / "accelerate"

@@ -44,7 +44,7 @@ def _paper(**stage1: object) -> config.Config:
 def release(paths: Paths) -> dict[str, Part]:
     """The released recipe: nothing cached, the UNet's activations recomputed."""
     simulation = Simulation(_paper(cache_latents=False), paths, "stage1", "gpu")
-    blocks.recompute(simulation.model.decoder.unet)
+    blocks.recompute(simulation.model.decoder.denoiser)
     return {part.name: part for part in simulation.step(1)[0]}
 
 
@@ -125,7 +125,7 @@ def test_other_decoders_are_counted(
     small = small_models.sdxl() if kind == "sdxl" else small_models.sd3(t5="T5" in kind)
     part = {
         "kind": kind.split()[0], "pretrained": str(small_models.save(small, tmp_path)), "image_size": 32,
-        "use_text_encoder": True, "use_t5": "T5" in kind,
+        "use_text_encoder": True, "options": {"use_t5": True} if "T5" in kind else {},
     }  # fmt: skip
     settings = smoke.model_copy(
         update={
@@ -165,8 +165,8 @@ def test_the_caches_hold_the_bytes_that_were_counted(paths: Paths, scene_data: P
     entries = shards.read_manifest(scene_data).splits["test"].shards
 
     def compute(x: torch.Tensor) -> dict[str, torch.Tensor]:
-        mean, spread = model.decoder.encode(x)
-        return {"mean": mean, "spread": spread, "features": model.encoder.features(x)}
+        mean, std = model.decoder.encode(x)
+        return {"mean": mean, "std": std, "features": model.encoder.features(x)}
 
     cache = ShardCache(tmp_path, "both", {}, scene_data, "test", compute)
     cache.fill(entries)

@@ -21,12 +21,11 @@ from vlv import config
 from vlv.config import Paths
 from vlv.convert import release
 from vlv.data.import_.importer import Wanted, import_images
-from vlv.data.import_.recipe import Recipe
-from vlv.data.import_.splits import Shares
+from vlv.data.import_.recipe import Recipe, Shares
 from vlv.data.loader import ShardLoader
 from vlv.io import images
 from vlv.io.preprocessing import Preprocessing
-from vlv.models import saved as folders
+from vlv.models import saved
 from vlv.models.autoencoder import Autoencoder
 from vlv.models.captioner import Captioner
 from vlv.stages import use
@@ -86,7 +85,7 @@ def _save(settings: config.Config, paths: Paths, place: Path) -> tuple[Path, Pat
     bundles = []
     for kind in (Autoencoder, Captioner):
         kind.build(settings, paths).save(place / kind.__name__, settings, paths, "card")
-        folders.bundle(place / kind.__name__, paths, place / f"{kind.__name__}-bundle")
+        saved.bundle(place / kind.__name__, paths, place / f"{kind.__name__}-bundle")
         bundles.append(place / f"{kind.__name__}-bundle")
     return bundles[0], bundles[1]
 

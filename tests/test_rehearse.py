@@ -15,7 +15,7 @@ from tests.conftest import profile
 from vlv import config
 from vlv.cli import main as cli
 from vlv.config import Paths
-from vlv.models import build as pretrained
+from vlv.models import language_model
 from vlv.models.captioner import Captioner
 from vlv.plan.rehearse import PeakMemory, TooLargeError, rehearse
 
@@ -25,7 +25,7 @@ T = TypeVar("T")
 
 
 def _alone(function: Callable[..., T], *arguments: object) -> T:
-    """Call the function in a process of its own: here other tests have left memory that is reused or freed meanwhile."""
+    """Call the function in a process of its own, because this one may reuse or free memory of other tests."""
     with multiprocessing.get_context("spawn").Pool(1) as process:
         return process.apply(function, arguments)
 
@@ -82,10 +82,13 @@ def test_two_steps_of_stage_2_take_the_memory_that_was_forecast(
     assert min(done.build, done.first_step, done.second_step) > 0
 
 
-def test_a_model_without_a_tokenizer_learns_but_does_not_write(wide: Callable[[int], config.Config], paths: Paths) -> None:
+def test_a_model_without_tokenizer_learns_but_does_not_write(
+    wide: Callable[[int], config.Config], paths: Paths
+) -> None:
     settings = wide(1000)
-    model, words = pretrained.language_model(settings.language_model, paths)
-    assert words is None and model.config.vocab_size == 1000
+    section = settings.language_model
+    assert language_model.tokenizer(section, paths) is None
+    assert language_model.build(section, paths).config.vocab_size == 1000
     with pytest.raises(ValueError, match="without a tokenizer"):
         Captioner.build(settings, paths).write(None)
 

@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from tests.conftest import profile
 from vlv import config
 from vlv.config import ConfigError, Paths
-from vlv.data import text
 from vlv.data.loader import Grouping, ShardLoader
+from vlv.models import caption_tokens
 from vlv.models.captioner import Captioner, Stage2Batch
 from vlv.models.saved import ModelFolderError
 from vlv.training import blocks
@@ -25,7 +25,7 @@ def _smoke(learn: str) -> config.Config:
 
 
 def _batch(captioner: Captioner, captions: list[str], pictures: bool = False) -> Stage2Batch:
-    ids, labels = text.collate(text.tokenize(captioner.tokenizer, captions, 64).ids, 0)
+    ids, labels = caption_tokens.collate(caption_tokens.tokenize(captioner.tokenizer, captions, 64).ids, 0)
     draw = torch.Generator().manual_seed(1)
     images = torch.randint(0, 256, (len(captions), 3, 64, 64), dtype=torch.uint8, generator=draw)
     context = None if pictures else torch.randn(len(captions), 8, 128, generator=draw)
@@ -170,8 +170,8 @@ def test_no_token_s_loss_depends_on_its_batch(paths: Paths, scene_data: Path) ->
                 for key, _ in pairs[i : i + size]:
                     contexts.setdefault(key, torch.randn(8, 128, generator=draw))
                 context = torch.stack([contexts[key] for key, _ in pairs[i : i + size]])
-                ids, labels = text.collate(
-                    text.tokenize(captioner.tokenizer, [c for _, c in pairs[i : i + size]], 64).ids, 0
+                ids, labels = caption_tokens.collate(
+                    caption_tokens.tokenize(captioner.tokenizer, [c for _, c in pairs[i : i + size]], 64).ids, 0
                 )
                 part = Stage2Batch(context, ids, labels)
                 with torch.no_grad():

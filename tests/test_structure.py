@@ -22,7 +22,7 @@ _LEVELS = {
 }
 _LEVEL = {name: level for level, names in _LEVELS.items() for name in names}
 # Served models run alone, in MLflow's process: a stage in small.
-_EXCEPTIONS = {("serving", "models"), ("data", "tiny"), ("stages", "tiny")}
+_EXCEPTIONS = {("serving", "models"), ("stages", "tiny")}
 _BAD_NAMES = {"utils", "util", "common", "helper", "helpers", "manager", "managers", "misc"}
 _PICKLES = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "marshal", "shelve"}
 

@@ -12,10 +12,10 @@ import torch
 
 from tests.conftest import ROOT, profile
 from vlv.config import Paths
-from vlv.data import text
 from vlv.data.loader import ShardLoader
 from vlv.io import files
 from vlv.io.stopping import Stopped
+from vlv.models import caption_tokens
 from vlv.models.autoencoder import Autoencoder, Stage1Batch
 from vlv.models.captioner import Captioner, Stage2Batch
 from vlv.training import loop, runtime, workers
@@ -50,7 +50,7 @@ def train(stage: str, data: Path, folder: Path, *, accumulation: int = 1, stop_a
                 yield Stage1Batch(batch.images)
             else:
                 captions = [caption or "" for caption in batch.captions]
-                ids, labels = text.collate(text.tokenize(module.tokenizer, captions, 64).ids, 0)
+                ids, labels = caption_tokens.collate(caption_tokens.tokenize(module.tokenizer, captions, 64).ids, 0)
                 yield Stage2Batch(None, ids, labels, batch.images)
 
     def on_log(step: int, values: dict[str, float]) -> None:

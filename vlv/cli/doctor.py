@@ -16,7 +16,7 @@ import psutil
 
 from vlv import config
 from vlv.config import ConfigError, Paths
-from vlv.io import files, pinning
+from vlv.io import files, pin
 
 _PIN = re.compile(r"^([A-Za-z0-9._-]+)==([^\s;]+)", flags=re.MULTILINE)
 _GIB = 1 << 30
@@ -132,7 +132,7 @@ def _configuration(paths: Paths) -> Iterator[Finding]:
 def _data(paths: Paths) -> Iterator[Finding]:
     from vlv.data import shards
 
-    pointer = paths.root / pinning.POINTER
+    pointer = paths.root / pin.POINTER
     if not paths.data.exists():
         yield Finding("note", "data", "not there yet", "vlv data download")
         return

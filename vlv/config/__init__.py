@@ -10,7 +10,7 @@ from pydantic import Field, ValidationError, model_validator
 
 from vlv.config.base import ConfigError, Precision, Section, Weights
 from vlv.config.compute import Compute, LaunchByStage
-from vlv.config.data import Data, DataGate, ImportedSource, Resize, ScenesSource
+from vlv.config.data import Data, DataGate, Encoding, ImportedSource, Resize, ScenesSource
 from vlv.config.models import Decoder, Encoder, Generation, LanguageModel
 from vlv.config.paths import Paths
 from vlv.config.results import Evaluate, Register
@@ -19,14 +19,16 @@ from vlv.config.training import Lora, Optimizer, Stage1, Stage2, Timesteps, Trai
 from vlv.io import files
 
 __all__ = [
-    "Compute", "Config", "ConfigError", "Data", "DataGate", "Decoder", "Encoder", "Evaluate", "Generation",
+    "Compute", "Config", "ConfigError", "Data", "DataGate", "Decoder", "Encoder", "Encoding", "Evaluate", "Generation",
     "ImportedSource", "LanguageModel", "LaunchByStage", "Lora", "Optimizer", "Paths", "Precision", "Register", "Resize",
     "ScenesSource", "Section", "Stage1", "Stage2", "Timesteps", "Tracking", "Training", "Weights", "load", "parse",
     "profiles", "use",
 ]  # fmt: skip
 
 # Keys that were renamed: old name -> new name. An old key is refused with a message that gives the new one.
-RENAMED: dict[str, str] = {}
+RENAMED: dict[str, str] = {
+    "decoder.use_t5": "decoder.options.use_t5",
+}
 
 
 class Config(Section):

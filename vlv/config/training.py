@@ -81,7 +81,7 @@ class Stage1(Training):
     loss: Literal["mse", "l1"]
     timesteps: Timesteps
     same_noise: bool = Field(default=False, description="one noise tensor for the whole batch")
-    cache_latents: bool = Field(description="compute the VAE's mean and spread once and keep them on disk")
+    cache_latents: bool = Field(description="compute the VAE's mean and std once and keep them on disk")
     cache_features: bool = Field(description="compute the frozen vision tower once and keep its features on disk")
 
     @model_validator(mode="after")

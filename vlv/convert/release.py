@@ -113,9 +113,7 @@ def _check(output: Path, settings: Config) -> None:
     if output.exists():
         raise ConversionError(f"{output} exists already; give another place, or remove it.")
     if settings.encoder.start_on_text_side:
-        raise ConversionError(
-            "The released projection has no mean and spread: set encoder.start_on_text_side to false."
-        )
+        raise ConversionError("The released projection has no mean and std: set encoder.start_on_text_side to false.")
 
 
 def as_used(settings: Config) -> Config:

@@ -8,6 +8,8 @@ training.
 Names that are put together while the program runs are not seen. The package has two such places, the stages and the
 kinds of decoders, and their modules are given as roots. tests/test_closure.py runs every stage and compares the
 functions that were called with the ones found here.
+
+A kind of decoder may lie outside the package. Then the names of its own package are followed too.
 """
 
 import ast
@@ -76,6 +78,12 @@ def code_hash(*roots: str) -> str:
     return hashlib.sha256(found.encode()).hexdigest()
 
 
+def definitions(module: str) -> list[str]:
+    """All definitions of a module and their methods, as roots; none where there is no such module."""
+    found = _package().module(module)
+    return [] if found is None else [f"{module}:", *(f"{module}:{name}" for name in source.names_of(found))]
+
+
 class _Walk:
     """One search from some roots."""
 
@@ -85,8 +93,10 @@ class _Walk:
         self._todo: list[Symbol] = []
         self._used: set[str] = set()  # names after a dot, in reached code
         self._waiting: dict[str, set[Symbol]] = {}  # method name -> methods of reached classes, not reached yet
+        self._packages = {"vlv"}  # whose names are followed
 
     def run(self, roots: list[Symbol]) -> set[Symbol]:
+        self._packages |= {root.module.partition(".")[0] for root in roots}
         for root in roots:
             self._sources.nodes(root)  # raises where there is none
             self._reach(root)
@@ -128,7 +138,7 @@ class _Walk:
     def _dotted(self, dotted: str) -> None:
         """Reach what an imported name stands for, through modules that only pass it on."""
         parent, _, name = dotted.rpartition(".")
-        if dotted.startswith(NEUTRAL) or not dotted.startswith("vlv."):
+        if dotted.startswith(NEUTRAL) or not self._followed(dotted):
             return
         module = self._sources.module(parent)
         if module is not None and name in module.definitions:
@@ -138,6 +148,10 @@ class _Walk:
             self._dotted(module.imports[name])
         elif self._sources.module(dotted) is not None:
             self._reach(Symbol(dotted, ""))  # a module; its members are reached where they are named
+
+    def _followed(self, dotted: str) -> bool:
+        package, dot, _ = dotted.partition(".")
+        return package in self._packages and bool(dot)
 
     def _class(self, owner: Symbol, node: ast.ClassDef, module: Module) -> None:
         """Let the methods of a reached class wait for their names, or reach those that something else may call."""
@@ -158,5 +172,5 @@ class _Walk:
         bare = base.value if isinstance(base, ast.Subscript) else base
         name = ast.unparse(bare)
         first = name.partition(".")[0]
-        own = first in module.definitions or module.imports.get(first, "").startswith("vlv.")
+        own = first in module.definitions or self._followed(module.imports.get(first, ""))
         return own or name in _PLAIN_BASES or name.endswith(("Error", "Exception"))

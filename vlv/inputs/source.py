@@ -6,6 +6,7 @@ What decides no number is left out before hashing: comments, docstrings, log lin
 import ast
 import copy
 import hashlib
+import importlib.util
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -95,7 +96,7 @@ class Sources:
         return digest.hexdigest()[:16]
 
     def module(self, name: str) -> Module | None:
-        """A module of the package by its dotted name; None if there is none."""
+        """A module by its dotted name; None if there is none."""
         if name not in self._modules:
             path = self._file(name)
             self._modules[name] = None if path is None else _parse(name, path)
@@ -104,7 +105,7 @@ class Sources:
     def _file(self, name: str) -> Path | None:
         first, *rest = name.split(".")
         if first != "vlv":
-            return None
+            return find(name)
         base = self._package.joinpath(*rest)
         return next((p for p in (base / "__init__.py", base.with_suffix(".py")) if rest and p.is_file()), None)
 
@@ -137,6 +138,25 @@ class Sources:
                 raise KeyError(f"{symbol.module}: {owner} has no method {method}")
             return list(found)
         return [_without_methods(node, symbol.module) if isinstance(node, ast.ClassDef) else node for node in found]
+
+
+def find(module: str) -> Path | None:
+    """The file of a module outside this package, found without running any code of it; None if there is none."""
+    first, *rest = module.split(".")
+    spec = importlib.util.find_spec(first)  # of a whole module's name it would import the packages on the way
+    if spec is None:
+        return None
+    if not rest:
+        return Path(spec.origin) if spec.origin and spec.origin.endswith(".py") else None
+    bases = [Path(folder).joinpath(*rest) for folder in spec.submodule_search_locations or []]
+    return next((p for base in bases for p in (base / "__init__.py", base.with_suffix(".py")) if p.is_file()), None)
+
+
+def names_of(module: Module) -> Iterator[str]:
+    """Names of all definitions of a module: "Class", "Class.method", "function", "CONSTANT"."""
+    for name, nodes in module.definitions.items():
+        yield name
+        yield from (f"{name}.{method.name}" for node in nodes for method in methods(node))
 
 
 def methods(node: ast.stmt) -> list[ast.FunctionDef]:

@@ -1,7 +1,7 @@
 """The vision encoder: images -> caption embeddings (arXiv 2507.07104).
 
-Florence-2 whose decoder reads learnable queries instead of words; its states, projected to the text encoder's
-width, are the caption embeddings.
+The decoder of Florence-2 reads learnable queries instead of words. Its states, projected to the width of the text
+encoder, are the caption embeddings.
 """
 
 from pathlib import Path
@@ -20,12 +20,12 @@ Learn = Literal["language_model", "decoder_only", "all", "queries_only"]
 
 
 class Projection(nn.Module):
-    """Linear-GELU-Linear from Florence-2's width to the text side's; optionally started on the text side.
+    """Linear-GELU-Linear from the width of Florence-2 to that of the text side. It may start on the text side.
 
     Args:
-        statistics: per-position mean and spread, each (Q, W), of what the text side takes. The projection's
-            output is then normalised and starts as `mean + gain * spread * normalised`, both learned on. From
-            anywhere else the frozen decoder ignores the embeddings at first, and training sits on a plateau.
+        statistics: per-position mean and std, each (Q, W), of what the text side takes. The projection's
+            output is then normalised and starts as `mean + gain * std * normalised`; mean and std go on learning.
+            Without this the frozen decoder ignores the embeddings at first, and training stays on a plateau.
     """
 
     def __init__(
@@ -40,9 +40,9 @@ class Projection(nn.Module):
         self.layers = nn.Sequential(nn.Linear(inputs, hidden), nn.GELU(), nn.Linear(hidden, outputs))
         self.normalise = statistics is not None
         if statistics is not None:
-            mean, spread = statistics
+            mean, std = statistics
             self.mean = nn.Parameter(mean.detach().clone().float())
-            self.spread = nn.Parameter(spread.detach().clone().float() * gain)
+            self.std = nn.Parameter(std.detach().clone().float() * gain)
 
     def forward(self, states: torch.Tensor) -> torch.Tensor:
         """(B, Q, inputs) -> (B, Q, outputs)."""
@@ -50,7 +50,7 @@ class Projection(nn.Module):
         if not self.normalise:
             return projected
         normalised = F.layer_norm(projected.float(), projected.shape[-1:])
-        return self.mean + self.spread * normalised
+        return self.mean + self.std * normalised
 
 
 class CaptionEncoder(nn.Module):
@@ -58,12 +58,12 @@ class CaptionEncoder(nn.Module):
 
     Args:
         florence: the pretrained model.
-        prompt_ids: ids of the task prompt that follows the image features; may be empty.
-        preprocessing: the way of a picture to the vision tower.
-        mean, std: the image processor's, three channels, for pixels in [0, 1].
-        query_std: of the queries at the start.
-        drop_rate: dropout in the language model; drop_path: stochastic depth in the vision tower. Both act in a
-            training's forward pass alone, which hands on masks.
+        prompt_ids: ids of the task prompt that follows the image features; it may be empty.
+        preprocessing: how a picture is prepared for the vision tower.
+        mean, std: of the image processor, for three channels of pixels in [0, 1].
+        query_std: std of the queries at the start.
+        drop_rate: dropout in the language model; drop_path: stochastic depth in the vision tower. Both act only where
+            the forward pass gets masks, as it does in training.
     """
 
     mean: torch.Tensor
@@ -122,7 +122,7 @@ class CaptionEncoder(nn.Module):
         self.projection.requires_grad_(queries)
 
     def masks(self, generator: torch.Generator, samples: int) -> Masks | None:
-        """What the encoder drops in this step of a training; None where it drops nothing."""
+        """The dropout masks of this training step; None where there is no dropout."""
         return Masks(generator, samples) if self.drop_rate or self.drop_path else None
 
     def features(self, batch: torch.Tensor, masks: Masks | None = None) -> torch.Tensor:
@@ -139,7 +139,7 @@ class CaptionEncoder(nn.Module):
         return features
 
     def encode(self, features: torch.Tensor, masks: Masks | None = None) -> torch.Tensor:
-        """Features (B, T, D) -> BART encoder states (B, T + P, D), prompt of P words appended."""
+        """Features (B, T, D) -> BART encoder states (B, T + P, D), with a prompt of P tokens appended."""
         states = features
         if len(self.prompt_ids):
             words = self.florence.get_input_embeddings()(self.prompt_ids)
@@ -153,7 +153,7 @@ class CaptionEncoder(nn.Module):
         return self.decode(self.encode(features, masks), masks)
 
     def decode(self, encoded: torch.Tensor, masks: Masks | None = None) -> torch.Tensor:
-        """BART encoder states (B, T + P, D) -> caption embeddings (B, Q, W): what the queries read in them."""
+        """BART encoder states (B, T + P, D) -> caption embeddings (B, Q, W)."""
         with dropping(masks, self.drop_rate):
             decoded = self.florence.model.language_model.decoder(
                 inputs_embeds=self.queries.to(encoded.dtype).expand(len(encoded), -1, -1),
@@ -165,7 +165,7 @@ class CaptionEncoder(nn.Module):
 
 
 def _put_drop_path(tower: nn.Module, last: float) -> None:
-    """Give each half block of the tower its rate, rising evenly from 0 to `last`, as Florence-2 was trained."""
+    """Give each half block of the tower its rate: evenly from 0 to `last`, as in the training of Florence-2."""
     halves = [part for part in tower.modules() if hasattr(part, "drop_path1")]
     for half, rate in zip(halves, torch.linspace(0, last, len(halves), device="cpu").tolist(), strict=True):
         half.drop_path1, half.drop_path2 = DropPath(rate), DropPath(rate)

@@ -173,9 +173,8 @@ class Simulation:
             blocks.recompute(self.model)
         if self.section.frozen_precision == "bf16":
             blocks.store_frozen_in_bf16(self.model)
-        for part, module in self.model.named_children():
-            if target == "gpu" and (part != "encoder" or not settings.encoder.dropout):  # dropout: plain attention
-                use_fused_attention(module)
+        if target == "gpu":
+            use_fused_attention(self.model)
         make_fake(self.model, self.mode)
         if isinstance(self.model, Autoencoder):
             schedule = vars(self.model.decoder.scheduler)

@@ -11,7 +11,6 @@ from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from diffusers.models.attention_processor import Attention, AttnProcessor, AttnProcessor2_0
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.overrides import TorchFunctionMode
@@ -19,6 +18,8 @@ from torch.utils._pytree import tree_map
 from transformers import PreTrainedModel
 
 from vlv.config import Precision
+from vlv.models.autoencoder import Autoencoder
+from vlv.models.captioner import Captioner
 
 Target = Literal["gpu", "cpu"]
 
@@ -60,13 +61,17 @@ def fake_like(tensor: torch.Tensor, mode: FakeTensorMode) -> torch.Tensor:
         return FakeTensor(mode, tensor.detach().to("meta"), torch.device("cpu"))
 
 
-def use_fused_attention(module: nn.Module) -> None:
-    """Choose the attention that a GPU runs, in each model of transformers and diffusers that was built for a CPU."""
-    for part in module.modules():
-        if isinstance(part, PreTrainedModel):
+def use_fused_attention(model: Autoencoder | Captioner) -> None:
+    """Choose the attention that a GPU runs, in a model that was built for a CPU.
+
+    An encoder with dropout has plain attention on both.
+    """
+    for name, part in model.named_modules():
+        plain = name.startswith("encoder.") and model.encoder.drop_rate
+        if isinstance(part, PreTrainedModel) and not plain:
             part.set_attn_implementation("sdpa")
-        elif isinstance(part, Attention) and isinstance(part.processor, AttnProcessor):
-            part.set_processor(AttnProcessor2_0())
+    if isinstance(model, Autoencoder):
+        model.decoder.use_fused_attention(True)
 
 
 @contextmanager

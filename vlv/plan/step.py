@@ -65,7 +65,7 @@ def batch(model: Autoencoder | Captioner, settings: Config, images: torch.Tensor
     if isinstance(model, Autoencoder):
         one = settings.stage1
         if one.cache_latents:
-            cached["latent_mean"], cached["latent_spread"] = model.decoder.encode(images)
+            cached["latent_mean"], cached["latent_std"] = model.decoder.encode(images)
         if one.cache_features:
             cached["features"] = model.encoder.features(images)
         needed = None if one.cache_latents and one.cache_features else images
@@ -84,5 +84,5 @@ def batch(model: Autoencoder | Captioner, settings: Config, images: torch.Tensor
 def cached_bytes(batch: Stage1Batch | Stage2Batch) -> int:
     """Return the bytes that the caches hold for the images of a batch."""
     cached = [batch.features]
-    cached += [batch.latent_mean, batch.latent_spread] if isinstance(batch, Stage1Batch) else [batch.context]
+    cached += [batch.latent_mean, batch.latent_std] if isinstance(batch, Stage1Batch) else [batch.context]
     return sum(tensor.nbytes for tensor in cached if tensor is not None)

@@ -5,7 +5,7 @@ import subprocess
 from pathlib import Path
 
 from vlv.config import Paths
-from vlv.io import files
+from vlv.io import files, pin
 
 UNKNOWN = "unknown"
 
@@ -25,7 +25,7 @@ def lineage(paths: Paths) -> dict[str, str]:
     return {
         "git_commit": _git(paths.root, "rev-parse", "HEAD") or UNKNOWN,
         "git_dirty": _dirty(paths.root),
-        "data_md5": _data_md5(paths.root / "data.dvc"),
+        "data_md5": _data_md5(paths.root / pin.POINTER),
         "dvc_lock_sha256": _sha256(paths.root / "dvc.lock"),
         "params_sha256": _sha256(paths.params),
         "profile": str(_yaml(paths.params).get("profile", UNKNOWN)),
@@ -68,8 +68,10 @@ def _sha256(path: Path) -> str:
 
 
 def _data_md5(pointer: Path) -> str:
-    outs = _yaml(pointer).get("outs")
-    return str(outs[0].get("md5", UNKNOWN)) if isinstance(outs, list) and outs else UNKNOWN
+    try:
+        return pin.pinned_md5(pointer)
+    except files.FileError:
+        return UNKNOWN
 
 
 def _yaml(path: Path) -> dict[str, object]:

@@ -13,10 +13,10 @@ class AutoencoderModel(PythonModel):
     """One reconstruction a row. Parameters: `steps` of the sampler, `guidance`, `seed`."""
 
     def load_context(self, context: PythonModelContext) -> None:
-        from vlv.models import device
+        from vlv.models import saved
         from vlv.models.autoencoder import Autoencoder
 
-        self.autoencoder = Autoencoder.load(Path(context.artifacts["model"])).to(device.for_inference())
+        self.autoencoder = Autoencoder.load(Path(context.artifacts["model"])).to(saved.inference_device())
 
     def predict(
         self, context: PythonModelContext, model_input: pd.DataFrame, params: dict[str, Any] | None = None

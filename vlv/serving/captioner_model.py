@@ -12,10 +12,10 @@ class CaptionerModel(PythonModel):
     """One caption a row; an unreadable image is an error that names its row."""
 
     def load_context(self, context: PythonModelContext) -> None:
-        from vlv.models import device
+        from vlv.models import saved
         from vlv.models.captioner import Captioner
 
-        self.captioner = Captioner.load(Path(context.artifacts["model"])).to(device.for_inference())
+        self.captioner = Captioner.load(Path(context.artifacts["model"])).to(saved.inference_device())
 
     def predict(
         self, context: PythonModelContext, model_input: pd.DataFrame, params: dict[str, Any] | None = None

@@ -22,11 +22,11 @@ _LIBRARIES = ("torch", "transformers", "diffusers")
 
 
 def latents(settings: Config, paths: Paths, model: Autoencoder) -> ShardCache:
-    """Mean and spread of the VAE's latents, each (B, c, h, w)."""
+    """Mean and std of the VAE's latents, each (B, c, h, w)."""
 
     def compute(batch: torch.Tensor) -> dict[str, torch.Tensor]:
-        mean, spread = model.decoder.encode(batch)
-        return {"latent_mean": mean, "latent_spread": spread}
+        mean, std = model.decoder.encode(batch)
+        return {"latent_mean": mean, "latent_std": std}
 
     roots = [
         *lineage.decoder_code(settings.decoder),

@@ -16,7 +16,7 @@ from vlv.evaluation.sentences import SentenceModel, similarity
 from vlv.io import assets, files, images
 from vlv.io.images import Pixels
 from vlv.io.progress import meter
-from vlv.models import device
+from vlv.models import saved
 from vlv.models.autoencoder import Autoencoder
 from vlv.models.captioner import Captioner
 from vlv.registry.versions import numbers
@@ -53,7 +53,7 @@ def run(settings: Config, paths: Paths) -> dict[str, Any]:
         true = [caption for caption in test.captions if caption]
         if settings.evaluate.sentence_model and len(true) == len(written):
             network = assets.resolve(settings.evaluate.sentence_model, paths)
-            sentences = SentenceModel(network, device.for_inference())
+            sentences = SentenceModel(network, saved.inference_device())
             result["captions"] = similarity(sentences, written, true)
         result["reconstruction"], drawn = _reconstructions(settings, paths, test)
         result["not_better_than_shuffled"] = intervals.not_better(result)
@@ -79,7 +79,7 @@ def read_test_set(settings: Config, paths: Paths) -> TestSet:
         test.pixels.extend(images.to_arrays(batch.images))
         test.captions.extend(batch.captions)
         if "scene" in batch.meta[0]:
-            test.scenes.extend(batch.scenes)
+            test.scenes.extend(Scene.from_json(meta["scene"]) for meta in batch.meta)
             test.novel_pair.extend(bool(meta["novel_pair"]) for meta in batch.meta)
     return test
 
@@ -95,7 +95,7 @@ def _set_hash(test: TestSet, settings: Config) -> str:
 
 def _captions(captioner: Captioner, test: TestSet, settings: Config) -> list[str]:
     size = settings.evaluate.batch_size
-    captioner.to(device.for_inference())
+    captioner.to(saved.inference_device())
     written: list[str] = []
     with meter("Captions", len(test.pixels)) as progress:
         for i in range(0, len(test.pixels), size):
@@ -125,7 +125,7 @@ def _score_captions(settings: Config, paths: Paths, written: list[str], test: Te
 
 def _write_without_image(settings: Config, paths: Paths, count: int) -> list[str]:
     """Captions that the pretrained language model samples by itself."""
-    alone = Captioner.build(settings, paths).eval().to(device.for_inference())
+    alone = Captioner.build(settings, paths).eval().to(saved.inference_device())
     torch.manual_seed(settings.evaluate.seed)
     written: list[str] = []
     while len(written) < count:
@@ -152,7 +152,7 @@ def _untrained_floor(settings: Config, paths: Paths, test: TestSet) -> dict[str,
 def _reconstructions(settings: Config, paths: Paths, test: TestSet) -> tuple[dict[str, Any], dict[str, list[Pixels]]]:
     """Figures, and the drawn pictures by name."""
     e = settings.evaluate
-    model = Autoencoder.load(paths.work / "stage1" / "model", paths).to(device.for_inference())
+    model = Autoencoder.load(paths.work / "stage1" / "model", paths).to(saved.inference_device())
     count = min(e.reconstructions, len(test.pixels))
     size = settings.decoder.image_size
     true = [images.resize_crop(p, size) for p in test.pixels[:count]]
@@ -188,7 +188,7 @@ def _measure(
         judge = SceneRecogniser.load(assets.resolve(e.recogniser, paths))
     network = real = None
     if e.feature_network and len(true) > 1:
-        network = frechet.load_network(assets.resolve(e.feature_network, paths), device.for_inference())
+        network = frechet.load_network(assets.resolve(e.feature_network, paths), saved.inference_device())
         real = frechet.features(network, true)
 
     def measure(pictures: list[Pixels], against: list[Pixels], scenes_: Sequence[Scene]) -> dict[str, Any]:

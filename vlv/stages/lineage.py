@@ -28,8 +28,19 @@ _SERVED = ("vlv.serving.captioner_model:CaptionerModel", "vlv.serving.autoencode
 
 
 def decoder_code(section: config.Decoder) -> list[str]:
-    """Where the code of a kind of decoder begins, as roots for `closure`: it is imported by its kind's name."""
-    return [f"vlv.models.{side}.{section.kind}:build" for side in ("conditioners", "decoders")]
+    """Where the code of the configured kind of decoder begins, as roots for `closure`: it is imported by its name.
+
+    All code counts in the module of a kind from outside the package.
+
+    Raises:
+        ConfigError: there is no such module.
+    """
+    module = section.module
+    if not (everything := closure.definitions(module)):
+        raise config.ConfigError(
+            f"decoder.kind: there is no module {module}. Install it, or start Python in the folder that holds it."
+        )
+    return [f"{module}:build_conditioner", f"{module}:build"] if module.startswith("vlv.") else everything
 
 
 def roots(stage: str, settings: Config) -> list[str]:

@@ -8,8 +8,7 @@ import torch
 from vlv.config import Config, Paths
 from vlv.data import shards
 from vlv.data.cache import ShardCache
-from vlv.data.loader import ShardLoader
-from vlv.data.prefetch import prefetched
+from vlv.data.loader import ShardLoader, prefetched
 from vlv.evaluation import report
 from vlv.models.autoencoder import Autoencoder, Stage1Batch
 from vlv.stages import caches, lineage
@@ -26,7 +25,7 @@ def run(settings: Config, paths: Paths) -> dict[str, Any]:
     def batches(step: int) -> Iterator[Stage1Batch]:
         for batch in prefetched(loader.batches(step * settings.stage1.accumulation), device):
             extra = batch.extra
-            yield Stage1Batch(batch.images, extra.get("features"), extra.get("latent_mean"), extra.get("latent_spread"))
+            yield Stage1Batch(batch.images, extra.get("features"), extra.get("latent_mean"), extra.get("latent_std"))
 
     origin = lineage.origin("stage1", settings, paths)
     record = Record("stage1", paths, origin)

@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import Any
 
 from vlv.config import Config, Paths
-from vlv.data import shards, text
+from vlv.data import shards
 from vlv.data.cache import ShardCache
-from vlv.data.loader import Grouping, ShardLoader
-from vlv.data.prefetch import prefetched
+from vlv.data.loader import Grouping, ShardLoader, prefetched
 from vlv.evaluation import report
+from vlv.models import caption_tokens
 from vlv.models.autoencoder import Autoencoder
 from vlv.models.captioner import Captioner, Stage2Batch
 from vlv.models.encoder import CaptionEncoder
@@ -18,7 +18,7 @@ from vlv.stages import caches, lineage
 from vlv.stages.record import Record, training_record
 from vlv.training import loop, parallel, runtime
 
-_MEASURED = 2000  # samples that a context's mean and spread are taken from where not all are computed
+_MEASURED = 2000  # samples that a context's mean and std are taken from where not all are computed
 
 
 def run(settings: Config, paths: Paths) -> dict[str, Any]:
@@ -60,9 +60,9 @@ def train_captioner(
                 key = batch.keys[batch.captions.index(None)]
                 raise shards.DataError(f"Sample {key} has no caption; Stage 2 needs one for each image.")
             captions = [caption for caption in batch.captions if caption is not None]
-            tokens = text.tokenize(captioner.tokenizer, captions, s.max_caption_tokens)
+            tokens = caption_tokens.tokenize(captioner.tokenizer, captions, s.max_caption_tokens)
             cut += tokens.cut
-            ids, labels = text.collate(tokens.ids, captioner.tokenizer.pad_token_id or 0)
+            ids, labels = caption_tokens.collate(tokens.ids, captioner.tokenizer.pad_token_id or 0)
             extra = batch.extra
             yield Stage2Batch(extra.get("context"), ids, labels, batch.images, extra.get("features"))
 
@@ -97,7 +97,7 @@ def _loader(settings: Config, paths: Paths, captioner: Captioner) -> ShardLoader
     tokenizer = copy.deepcopy(captioner.tokenizer)  # batches may be fetched in another thread
 
     def length(caption: str | None) -> int:
-        return len(text.tokenize(tokenizer, [caption or ""], s.max_caption_tokens).ids[0])
+        return len(caption_tokens.tokenize(tokenizer, [caption or ""], s.max_caption_tokens).ids[0])
 
     return ShardLoader(
         paths.data, "train", runtime.share(s, s.batch_size) * world, seed=s.seed, rank=rank, world_size=world,

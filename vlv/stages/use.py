@@ -11,7 +11,7 @@ from vlv.config import Paths
 from vlv.evaluation.reconstruct import psnr
 from vlv.io import files, images
 from vlv.io.progress import meter
-from vlv.models import device
+from vlv.models import saved
 from vlv.models.autoencoder import Autoencoder
 from vlv.models.captioner import Captioner
 
@@ -164,7 +164,7 @@ def caption_folder(
     """
     found = _named(folder)
     chosen = model_folder(paths, model, "stage2")
-    captioner = Captioner.load(chosen, paths).to(device.for_inference())
+    captioner = Captioner.load(chosen, paths).to(saved.inference_device())
     captioner.generation = captioner.generation.model_validate({**captioner.generation.model_dump(), **(writing or {})})
     how = {"model": files.sha256_folder(chosen), "generation": captioner.generation.model_dump()}
     captions = _Captions(output.with_name(output.name + ".partial"), how, found)
@@ -212,7 +212,7 @@ def reconstruct_folder(
     `seed` in the images' sorted order. Images that cannot be read are listed in figures.json and failures.jsonl.
     """
     found = _named(folder)
-    autoencoder = Autoencoder.load(model_folder(paths, model, "stage1"), paths).to(device.for_inference())
+    autoencoder = Autoencoder.load(model_folder(paths, model, "stage1"), paths).to(saved.inference_device())
     side, seen = size or autoencoder.decoder.image_size, autoencoder.encoder.preprocessing
     report = Report(output / "failures.jsonl")
     figures: dict[str, float] = {}

@@ -18,8 +18,7 @@ from vlv import config
 from vlv.config import Paths, ScenesSource
 from vlv.io import files
 from vlv.models.build import STATISTICS
-from vlv.models.conditioners.stable_diffusion import TextConditioner
-from vlv.models.decoders.stable_diffusion import StableDiffusionDecoder
+from vlv.models.decoders.stable_diffusion import StableDiffusionDecoder, TextConditioner
 from vlv.tiny import pretrain_encoder as encoder
 from vlv.tiny import pretrain_lm as lm
 from vlv.tiny import pretrain_recogniser as recogniser
@@ -151,7 +150,7 @@ def _teacher(paths: Paths, source: ScenesSource) -> dict[str, float]:
             f"Data, all of the training split: VAE {len(pictures):,} pictures, {v.steps} steps of {v.batch_size}; text "
             f"encoder {len(captions):,} captions, {e.steps + text.AGAIN.steps} steps of {e.batch_size} on reading "
             f"background and cells; UNet {len(pool) + len(singles):,} captioned scenes, {t.steps} steps of "
-            f"{t.batch_size}. {STATISTICS} holds the text side's mean and spread at each position over "
+            f"{t.batch_size}. {STATISTICS} holds the text side's mean and std at each position over "
             f"{_STATISTICS_CAPTIONS:,} of these captions. No part has seen a test specification."
         )
         _write_card(folder, "Tiny Stable Diffusion", body, "teacher", figures)
@@ -160,13 +159,13 @@ def _teacher(paths: Paths, source: ScenesSource) -> dict[str, float]:
 
 @torch.no_grad()
 def _statistics(conditioner: TextConditioner, captions: Pool) -> dict[str, torch.Tensor]:
-    """Per-position mean and spread (T, W) of the text encoder's input embeddings and of its contexts."""
+    """Per-position mean and std (T, W) of the text encoder's input embeddings and of its contexts."""
     chosen = captions.captions[:_STATISTICS_CAPTIONS]
     embedding = conditioner.text_encoder.embeddings.token_embedding(conditioner.tokenize(chosen))
     context = conditioner.embed_text(chosen)
     sides = {"embedding": embedding, "context": context}
     means = {f"{name}_mean": x.mean(0).contiguous() for name, x in sides.items()}
-    return means | {f"{name}_spread": x.std(0).contiguous() for name, x in sides.items()}
+    return means | {f"{name}_std": x.std(0).contiguous() for name, x in sides.items()}
 
 
 @torch.no_grad()

@@ -9,7 +9,7 @@ from torch import nn
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from vlv.config import Optimizer, Training
-from vlv.data import text as caption_text
+from vlv.models import caption_tokens
 from vlv.tiny import pretrain_text as text
 from vlv.tiny.scene_pool import Pool, indices
 from vlv.training import loop
@@ -50,20 +50,20 @@ def pretrain(pool: Pool, held_out: Pool, folder: Path) -> tuple[Qwen2ForCausalLM
     """Train in `folder`; figure: perplexity per token of held-out captions."""
     words = text.tokenizer()
     model = build(len(words))
-    tokens = caption_text.tokenize(words, pool.captions, text.LENGTH).ids
+    tokens = caption_tokens.tokenize(words, pool.captions, text.LENGTH).ids
 
     def batches(start: int) -> Iterator[object]:
         step = start
         while True:
             chosen = indices(len(pool), SETTINGS.batch_size, SETTINGS.seed, step)
-            yield caption_text.collate([tokens[i] for i in chosen], 0)
+            yield caption_tokens.collate([tokens[i] for i in chosen], 0)
             step += 1
 
     model.train()
     loop.train(_NextWord(model), batches, SETTINGS, folder, "lm-1", title="Language model")
     model.eval()
-    held = caption_text.tokenize(words, held_out.captions, text.LENGTH).ids
+    held = caption_tokens.tokenize(words, held_out.captions, text.LENGTH).ids
     with torch.no_grad():
-        ids, labels = caption_text.collate(held, 0)
+        ids, labels = caption_tokens.collate(held, 0)
         loss = float(model(input_ids=ids, labels=labels).loss)
     return model, {"perplexity": round(math.exp(loss), 3)}

@@ -1,35 +1,47 @@
-"""`caption_images`: every image of a source is asked about once, whatever happens in between."""
+"""`caption_images` gets a caption for every image of a source from the captioning API.
 
-import logging
+It asks about each image once, even if it is killed and started again.
+"""
+
 import threading
 from collections import Counter
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from vlv.data.caption_api.answer import Answer
+from vlv.data.caption_api.answers import Exported, Journal, export, short
 from vlv.data.caption_api.budget import Budget, Prices
-from vlv.data.caption_api.endpoint import Endpoint, EndpointError, NoAnswerError, Question, RejectedError, StoppedError
-from vlv.data.caption_api.export import Exported, export
-from vlv.data.caption_api.journal import Journal, short
+from vlv.data.caption_api.client import (
+    Answer,
+    Client,
+    EndpointError,
+    NoAnswerError,
+    Question,
+    RejectedError,
+    StoppedError,
+)
 from vlv.data.readers.formats import ReadOptions, open_source
 from vlv.data.readers.found import Found, Reader
 from vlv.io import files, images
 from vlv.io.progress import Meter, meter
 
-logger = logging.getLogger(__name__)
-
-# So many images in a row without an answer, or rejected before the first answer: the endpoint is at fault.
+# The endpoint is at fault if this many images in a row get no answer, or are rejected before the first answer.
 _FAILED_IN_A_ROW, _REJECTED_AT_FIRST = 10, 5
 _EXAMPLES = 20
 
 
 @dataclass(frozen=True)
-class Run:
-    """How a run goes. `longest_side`: pixels, larger images are scaled down before they are sent (as JPEG).
+class CaptionOptions:
+    """What a run asks, and how.
 
-    `limit`: images asked about in this run. `again`: ask again where the answer was no caption. `sidecars`: also
-    write a .txt beside each image (folders only).
+    Attributes:
+        cap: the largest cost of all runs into one folder; None: no cap.
+        concurrency: requests at a time.
+        longest_side: in pixels; larger images are scaled down before they are sent (as JPEG).
+        limit: how many images this run asks about; None: all.
+        again: ask again if the answer was no caption.
+        sidecars: also write a .txt file beside each image (folders only).
+        reading: how the source is read.
     """
 
     question: Question
@@ -45,12 +57,17 @@ class Run:
 
 @dataclass
 class CaptionReport:
-    """What became of a run.
+    """The result of a run.
 
-    `counts`: images by `caption`, `refused`, `empty`, `cut` (answered now), `answered_before`, `repeated` (the same
-    file again), `unreadable`, `rejected`, `failed`; `lost` counts requests that may be billed without an answer.
-    `notes`: the first few that are no captions, as name, reason and message. `stopped`: why it ended early. `cost`
-    is that of all runs.
+    Attributes:
+        counts: number of images by result: `caption`, `refused`, `empty`, `cut` (answered in this run),
+            `answered_before`, `repeated` (the same file again), `unreadable`, `rejected`, `failed`. `lost` counts
+            requests that may be billed without an answer.
+        tokens: of prompts and of completions.
+        notes: the first images without a caption: name, reason and message.
+        stopped: why the run ended early; None if it did not.
+        cost: of all runs.
+        exported: the files that were made from the journal.
     """
 
     counts: Counter[str] = field(default_factory=Counter)
@@ -62,55 +79,55 @@ class CaptionReport:
 
     @property
     def complete(self) -> bool:
-        """Whether no image is left that another run would ask about."""
+        """Whether another run would find no image to ask about."""
         return self.stopped is None and not self.counts["failed"] and not self.counts["rejected"]
 
 
-def caption_images(source: Path, output: Path, run: Run) -> CaptionReport:
-    """Ask for a caption of each image of `source` that has no answer yet; the answers are in `output`.
+def caption_images(source: Path, output: Path, options: CaptionOptions) -> CaptionReport:
+    """Ask for a caption of each image of `source` that has no answer in `output` yet.
 
-    `output`/journal.jsonl is the record (vlv.data.caption_api.journal); captions.parquet, unusable.jsonl and, where
-    wanted, texts beside the images are made from it at the end of each run, also of one that is stopped.
+    `output`/journal.jsonl is the record (vlv.data.caption_api.answers). At the end of each run, also of a stopped one,
+    captions.parquet, unusable.jsonl and, if wanted, the texts beside the images are made from it.
 
     Raises:
-        DataError: a source that cannot be read, or answers to another question in `output`.
-        EndpointError: the endpoint cannot be used; what was answered before is kept and exported.
+        DataError: the source cannot be read, or `output` holds answers to another question.
+        EndpointError: the endpoint cannot be used. Earlier answers are kept and exported.
         LockHeldError: another run writes to `output`.
     """
     with files.folder_lock(output, "vlv data caption"):
-        reader = open_source(source, output / ".scratch", run.reading)
-        question = run.question
-        asked = {"model": question.model, "prompt": question.prompt, "longest_side": run.longest_side}
-        journal = Journal(output / "journal.jsonl", asked, again=run.again)
+        reader = open_source(source, output / ".scratch", options.reading)
+        question = options.question
+        asked = {"model": question.model, "prompt": question.prompt, "longest_side": options.longest_side}
+        journal = Journal(output / "journal.jsonl", asked, again=options.again)
         report = CaptionReport()
         try:
-            _Captioner(run, journal, report).work(reader)
+            _Run(options, journal, report).work(reader)
         finally:
-            beside = source if run.sidecars and reader.format == "folder" else None
+            beside = source if options.sidecars and reader.format == "folder" else None
             report.exported = export(journal, output, beside)
         return report
 
 
 class _CapReached(Exception):
-    """Another attempt could pass the cap."""
+    """Another attempt could exceed the cap."""
 
 
-class _Captioner:
-    def __init__(self, run: Run, journal: Journal, report: CaptionReport) -> None:
-        self._run, self._journal, self._report = run, journal, report
+class _Run:
+    def __init__(self, options: CaptionOptions, journal: Journal, report: CaptionReport) -> None:
+        self._options, self._journal, self._report = options, journal, report
         self._lock = threading.Lock()
-        self._enough = threading.Event()  # no more images; what is under way goes on
-        self._stop = threading.Event()  # nor any more attempts
-        self._budget = Budget(run.prices, run.cap, journal.spent, run.question.max_tokens)
-        self._endpoint = Endpoint(run.question, self._stop, run.concurrency)
+        self._enough = threading.Event()  # no more images; requests in progress continue
+        self._stop = threading.Event()  # no more attempts either
+        self._budget = Budget(options.prices, options.cap, journal.spent, options.question.max_tokens)
+        self._client = Client(options.question, self._stop, options.concurrency)
         self._claimed: set[int] = set()  # by this run
         self._error: BaseException | None = None
         self._failed_in_a_row = 0
 
     def work(self, reader: Reader) -> None:
-        """Ask about everything; an interrupt waits for the answers that are under way, since they are paid for."""
-        slots = threading.BoundedSemaphore(2 * self._run.concurrency)  # what is loaded and waits, too
-        with meter("Captioning", reader.total()) as progress, ThreadPoolExecutor(self._run.concurrency) as pool:
+        """Ask about all images. An interrupt waits for the answers in progress, because they are paid for."""
+        slots = threading.BoundedSemaphore(2 * self._options.concurrency)  # images that are loaded or in progress
+        with meter("Captioning", reader.total()) as progress, ThreadPoolExecutor(self._options.concurrency) as pool:
             try:
                 for found in reader.read():
                     slots.acquire()
@@ -124,7 +141,7 @@ class _Captioner:
                 raise
             finally:
                 pool.shutdown()
-                self._endpoint.close()
+                self._client.close()
                 self._report.cost = self._budget.spent
         if self._error is not None:
             raise self._error
@@ -136,14 +153,14 @@ class _Captioner:
             self._stop.set()
 
     def _one(self, found: Found, progress: Meter) -> None:
-        """One image, from its bytes to the journal."""
+        """Process one image, from its bytes to the journal."""
         try:
             if found.load is None:
                 raise OSError(f"{found.reason}: {found.message}")
             data = found.load().image
             digest = files.sha256_bytes(data)
             if self._claim(digest):
-                jpeg = images.encode_jpeg(images.shrink(images.decode(data, found.url), self._run.longest_side))
+                jpeg = images.encode_jpeg(images.shrink(images.decode(data, found.url), self._options.longest_side))
                 self._ask(found.url, digest, jpeg)
         except (images.ImageError, OSError, ValueError) as error:
             self._note("unreadable", found.url, str(error))
@@ -151,14 +168,14 @@ class _Captioner:
             progress.advance(note=f"spent {self._budget.spent:.4g}" if self._budget.spent else "")
 
     def _claim(self, digest: str) -> bool:
-        """Whether this image is ours to ask about: not answered, and not under way."""
+        """Whether to ask about this image: it has no answer and no request is in progress."""
         key = short(digest)
         with self._lock:
             if key in self._journal.answered or key in self._claimed:
                 self._report.counts["repeated" if key in self._claimed else "answered_before"] += 1
                 return False
-            if self._run.limit is not None and len(self._claimed) >= self._run.limit:
-                self._end(f"the limit of {self._run.limit} images")
+            if self._options.limit is not None and len(self._claimed) >= self._options.limit:
+                self._end(f"the limit of {self._options.limit} images")
                 return False
             if self._enough.is_set():
                 return False
@@ -186,7 +203,7 @@ class _Captioner:
                 raise _CapReached
 
         try:
-            answer = self._endpoint.ask(jpeg, lost)
+            answer = self._client.ask(jpeg, lost)
         except RejectedError as error:
             self._rejected(name, str(error))
         except NoAnswerError as error:
@@ -202,7 +219,7 @@ class _Captioner:
 
     def _capped(self) -> None:
         with self._lock:
-            self._end(f"the price cap of {self._run.cap:g} ({self._budget.spent:.4g} are spent)")
+            self._end(f"the price cap of {self._options.cap:g} ({self._budget.spent:.4g} is spent)")
 
     def _answered(self, name: str, answer: Answer) -> None:
         if answer.kind != "caption":
@@ -230,6 +247,6 @@ class _Captioner:
         self._failed_in_a_row += 1
         if self._failed_in_a_row >= _FAILED_IN_A_ROW:
             raise EndpointError(
-                f"{self._failed_in_a_row} images in a row got no answer; the last: {message}. What was answered is "
-                "kept: run the command again when the endpoint is well."
+                f"{self._failed_in_a_row} images in a row got no answer; the last: {message}. The answers so far are "
+                "kept: run the command again when the endpoint works."
             )

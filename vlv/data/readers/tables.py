@@ -1,6 +1,6 @@
-"""Tables that name images and say what they show: csv, tsv, JSON lines, JSON, parquet.
+"""Reads tables of image names and captions: csv, tsv, JSON lines, JSON, parquet; and Hugging Face's imagefolder.
 
-JSON is a list of objects (LLaVA's, one's own), or one object of image names and captions (the release's Stage 2).
+A JSON table is a list of objects (such as LLaVA's), or one object of image names and captions (the release's Stage 2).
 """
 
 import csv
@@ -15,18 +15,56 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from vlv.data.readers import captions
-from vlv.data.readers.columns import PATHS, listed_names, pylist
-from vlv.data.readers.listed import Entry
-from vlv.data.readers.names import NONE
+from vlv.data.readers.formats import NONE, ReadOptions
+from vlv.data.readers.found import walk
+from vlv.data.readers.listed import Entry, ListedReader, open_listed
+from vlv.data.readers.schema import PATHS, listed_names, pylist
 from vlv.data.shards import DataError
-from vlv.io import files
+from vlv.io import files, images
 
 logger = logging.getLogger(__name__)
 
 LINES, SEPARATED = (".jsonl", ".ndjson"), (".csv", ".tsv")
 ENDINGS = (".json", *LINES, *SEPARATED)
+METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")  # of an imagefolder
 _ROWS = 1024  # of parquet, at a time
 _CELL = 1 << 24  # characters of a csv's cell
+
+
+def recognises(format: str, source: Path, inside: frozenset[str]) -> bool:
+    """Whether a source is of this format.
+
+    imagefolder: images and metadata files; llava: a JSON file of conversations, or a folder with one; table: a file.
+    """
+    if format == "imagefolder":
+        return not inside.isdisjoint(images.SUFFIXES) and not inside.isdisjoint(METADATA)
+    if format == "llava":
+        if source.is_dir():
+            return len(_conversations(source)) == 1
+        return source.suffix.lower() == ".json" and is_conversations(source)
+    return source.is_file() and source.suffix.lower() in ENDINGS
+
+
+def open_reader(format: str, source: Path, scratch: Path, options: ReadOptions) -> ListedReader:
+    """The reader of a table, of LLaVA's JSON or of an imagefolder."""
+    image, caption = options.image_column, options.caption_column
+    folders = [options.images or source]
+    if format == "imagefolder":
+        found = metadata_files(source)
+        listed = imagefolder_entries(source, found, image, caption)
+        return open_listed(format, source, found, listed, folders, scratch, options)
+    found = [source] if source.is_file() else _conversations(source)
+    if options.images is None and found:
+        beside = found[0].parent
+        guesses = (beside, beside / "images", beside.parent, beside.parent / "images")
+        folders = [path for path in guesses if path.is_dir()]
+    listed = (entry for one in found for entry in entries(one, image, caption))
+    return open_listed(format, source, found, listed, folders, scratch, options)
+
+
+def _conversations(source: Path) -> list[Path]:
+    """LLaVA's files in a folder."""
+    return [path for path in sorted(source.glob("*.json")) if is_conversations(path)]
 
 
 @dataclass(frozen=True)
@@ -36,13 +74,14 @@ class _Columns:
 
 
 def entries(table: Path, image: str | None, caption: str | None, prefix: str = "") -> Iterator[Entry]:
-    """What a table says, line by line; `image` and `caption` name the columns (None: guessed), `prefix` goes before
-    each image's name.
+    """The lines of a table. A line that cannot be read is an entry with a fault.
 
-    A line that cannot be read is an entry with a fault.
+    Args:
+        image, caption: names of the columns; None: guessed.
+        prefix: is put before the name of each image.
 
     Raises:
-        DataError: a file that is no table, or columns that cannot be told; the message lists them.
+        DataError: the file is no table, or the columns cannot be guessed; the message lists them.
     """
     columns: _Columns | None = None
     try:
@@ -60,7 +99,7 @@ def entries(table: Path, image: str | None, caption: str | None, prefix: str = "
 
 
 def is_conversations(path: Path) -> bool:
-    """Whether a JSON file begins as LLaVA's do; it is not read to its end."""
+    """Whether a JSON file begins like LLaVA's. Only its beginning is read."""
     with path.open("rb") as stream:
         head = stream.read(1 << 16)
     return head.lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"[") and b'"conversations"' in head
@@ -87,7 +126,7 @@ def _entry(table: Path, where: str, row: Mapping[str, Any], columns: _Columns, p
 
 
 def _choose(table: Path, row: Mapping[str, Any], image: str | None, caption: str | None) -> _Columns:
-    """The columns by the first row."""
+    """The columns, guessed from the first row."""
     names = {name.strip().lower(): name for name in reversed(list(row))}
     for asked in (image, caption):
         if asked is not None and asked != NONE and asked not in row:
@@ -108,7 +147,7 @@ def _choose(table: Path, row: Mapping[str, Any], image: str | None, caption: str
 
 
 def _rows(table: Path) -> Iterator[tuple[str, Mapping[str, Any] | str]]:
-    """Each row with its place, or why it cannot be read."""
+    """Each row, or the reason why it cannot be read, with its place."""
     ending = table.suffix.lower()
     if ending == ".parquet":
         return _of_parquet(table)
@@ -167,5 +206,29 @@ def _of_parquet(table: Path) -> Iterator[tuple[str, Mapping[str, Any] | str]]:
 
 
 def _text(data: bytes) -> str:
-    """Bytes that should be UTF-8; those that are not become half characters, which spoil only the line they are in."""
+    """Bytes decoded as UTF-8. Bad bytes become lone surrogates, which affect only their own line."""
     return data.decode("utf-8-sig", "surrogateescape")
+
+
+# -- imagefolder: images, and a metadata file for the whole folder or for each subfolder ------------------------
+
+
+def metadata_files(root: Path) -> list[Path]:
+    """The metadata files of an imagefolder, at any depth."""
+    return sorted(folder / name for folder, names in walk(root) for name in names if name in METADATA)
+
+
+def imagefolder_entries(root: Path, found: list[Path], image: str | None, caption: str | None) -> Iterator[Entry]:
+    """The lines of the metadata files, and the images that are in none of them. Names are relative to `root`.
+
+    Raises:
+        DataError: from `entries`.
+    """
+    for path in found:
+        inside = path.parent.relative_to(root).as_posix()
+        yield from entries(path, image, caption, "" if inside == "." else f"{inside}/")
+    unnamed = ("caption_missing", f"{found[0].name} does not name it")
+    for folder, names in walk(root):
+        for name in names:
+            if Path(name).suffix.lower() in images.SUFFIXES:
+                yield Entry((folder / name).relative_to(root).as_posix(), None, unnamed, listed=False)

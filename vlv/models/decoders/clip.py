@@ -14,7 +14,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 from transformers.masking_utils import create_causal_mask
 
 from vlv import config
-from vlv.models import loading
+from vlv.models.build import text_encoder, tokenizer_if_any
 
 
 def penultimate(model: CLIPTextModel, embeddings: torch.Tensor) -> torch.Tensor:
@@ -97,5 +97,5 @@ class ClipReader(nn.Module):
 
 def build_reader(cls: Any, folder: Path, number: str, weights: config.Weights) -> ClipReader:
     """The text encoder and tokenizer with that number ("" or "_2") in a diffusers folder; `cls` is the encoder's."""
-    model = loading.text_encoder(cls, CLIPTextConfig, folder, f"text_encoder{number}", weights)
-    return ClipReader(model, loading.words(folder / f"tokenizer{number}"))
+    model = text_encoder(cls, CLIPTextConfig, folder, f"text_encoder{number}", weights)
+    return ClipReader(model, tokenizer_if_any(folder / f"tokenizer{number}"))

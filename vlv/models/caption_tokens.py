@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from transformers import PreTrainedTokenizerBase
 
-IGNORED = -100  # the label that cross-entropy leaves out
+IGNORED = -100  # label of a position without loss, as torch and transformers have it
 
 
 @dataclass(frozen=True)
