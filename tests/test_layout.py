@@ -1,4 +1,4 @@
-"""The tree stays one that a stranger finds the way in: names once, files and functions of a size that is read at once."""
+"""A stranger finds the way in the tree: each file name occurs once, and files and functions are short."""
 
 import ast
 import re

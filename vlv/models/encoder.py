@@ -164,7 +164,7 @@ class CaptionEncoder(nn.Module):
 def _put_drop_path(tower: nn.Module, last: float) -> None:
     """Give each half block of the tower its rate: evenly from 0 to `last`, as in the training of Florence-2."""
     halves = [part for part in tower.modules() if hasattr(part, "drop_path1")]
-    for half, rate in zip(halves, torch.linspace(0, last, len(halves)).tolist(), strict=True):
+    for half, rate in zip(halves, torch.linspace(0, last, len(halves), device="cpu").tolist(), strict=True):
         half.drop_path1, half.drop_path2 = DropPath(rate), DropPath(rate)
 
 
