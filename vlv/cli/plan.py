@@ -39,8 +39,8 @@ def plan(
     sharding: Annotated[
         Sharding | None,
         typer.Option(
-            help="none: DDP; zero2: FSDP with fsdp_reshard_after_forward false; full: FSDP. Without: as compute.launch says "
-            "for each stage."
+            help="none: DDP; zero2: FSDP with fsdp_reshard_after_forward false; full: FSDP; without: as "
+            "compute.launch says for each stage."
         ),
     ] = None,
     tf32: Annotated[bool, typer.Option(help="Float32 products on the tensor cores.")] = False,

@@ -145,9 +145,7 @@ def machine_of(settings: Config, paths: Paths, stage: StageName) -> Machine:
 
 def sharding_of(plan: dict[str, Any]) -> Sharding:
     """Return what the processes of an accelerate file share."""
-    match plan.get("distributed_type"):
-        case "FSDP":
-            # Without resharding after the forward pass the weights are whole from then on, as in ZeRO-2.
-            return "full" if plan.get("fsdp_config", {}).get("fsdp_reshard_after_forward", True) else "zero2"
-        case _:
-            return "none"
+    if plan.get("distributed_type") != "FSDP":
+        return "none"
+    # Without resharding after the forward pass the weights are whole from then on, as in ZeRO-2.
+    return "full" if plan.get("fsdp_config", {}).get("fsdp_reshard_after_forward", True) else "zero2"
