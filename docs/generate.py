@@ -107,8 +107,8 @@ def _configuration() -> str:
         "# Configuration",
         "",
         "Every key of `params.yaml`. Each profile in `configs/` is a whole `params.yaml`: `vlv config use NAME` copies",
-        "one there. `vlv config show` prints the active configuration with its defaults. An unknown key, a wrong type and",
-        "a value outside its range are errors that name the key. The classes are in `vlv/config/`.",
+        "one there. `vlv config show` prints the active configuration with its defaults. An unknown key, a wrong type",
+        "and a value outside its range are errors that name the key. The classes are in `vlv/config/`.",
     ]
     todo: list[tuple[str, dict[str, Any]]] = [("", schema)]
     while todo:

@@ -65,15 +65,20 @@ def decode(data: bytes, name: str = "image") -> Pixels:
     Raises:
         ImageError: of no such format, unreadable, truncated or larger than `MAX_PIXELS`.
     """
-    with _opened(data, name) as opened:
-        image = ImageOps.exif_transpose(opened)
-        if image.mode.startswith("I;16"):  # Pillow clips 16 bits at 255, which leaves a white picture
-            image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-        if image.has_transparency_data:
-            image = image.convert("RGBA")
-            white = Image.new("RGBA", image.size, "white")
-            image = Image.alpha_composite(white, image)
-        return np.asarray(image.convert("RGB"))
+    with _opened(data, name) as image:
+        return to_rgb(image)
+
+
+def to_rgb(image: Image.Image) -> Pixels:
+    """A Pillow image -> (H, W, 3) uint8 RGB: upright by its EXIF orientation, transparent pixels laid on white."""
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I;16"):  # Pillow clips 16 bits at 255, which leaves a white picture
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        white = Image.new("RGBA", image.size, "white")
+        image = Image.alpha_composite(white, image)
+    return np.asarray(image.convert("RGB"))
 
 
 def decode_base64(text: str, name: str = "image") -> Pixels:
