@@ -63,8 +63,8 @@ lint: env
 # Broken links and pages outside the navigation are errors.
 docs: env $(DOCS)/bin/mkdocs
 	$(BIN)/python -m docs.generate
-	$(DOCS)/bin/mkdocs build --strict --quiet
-	@echo "The site is in work/site: open work/site/index.html"
+	NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/mkdocs build --strict --quiet
+	@echo "The site is in work/site. To read it with its search: python -m http.server --directory work/site"
 
 $(DOCS)/bin/mkdocs: pyproject.toml
 	$(PYTHON) -m venv $(DOCS)

@@ -21,8 +21,6 @@ if TYPE_CHECKING:
 
     Picture = str | Path | Image.Image | Pixels
 
-_TOGETHER = 16  # images in one batch
-
 
 class Captioner:
     """A trained captioner: images in, one caption for each out.
@@ -55,7 +53,7 @@ class Captioner:
         folder, paths = _located(source, "stage2")
         return cls(Model.load(folder, paths).to(_device(device)))
 
-    def caption(self, images: "Sequence[Picture]", batch_size: int = _TOGETHER) -> list[str]:
+    def caption(self, images: "Sequence[Picture]", batch_size: int = 16) -> list[str]:
         """Caption images, in the way that the saved model says (`language_model.generation`).
 
         Args:
@@ -94,7 +92,7 @@ class Autoencoder:
         folder, paths = _located(source, "stage1")
         return cls(Model.load(folder, paths).to(_device(device)))
 
-    def embed(self, images: "Sequence[Picture]", batch_size: int = _TOGETHER) -> "torch.Tensor":
+    def embed(self, images: "Sequence[Picture]", batch_size: int = 16) -> "torch.Tensor":
         """Compute the caption embeddings of images.
 
         Args:
