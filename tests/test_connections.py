@@ -1,4 +1,6 @@
-"""No command of README, of docs/operate.md, of make or of the flow connects to a host that nobody named: a listener hears nothing."""
+"""No command of README, docs/operate.md, make or the flow connects to a host that nobody named: a listener hears
+nothing.
+"""
 
 import os
 import shutil
