@@ -1,6 +1,7 @@
 """The public names: `from vlv import ...` is instant, and every example in their docstrings runs."""
 
 import doctest
+import tomllib
 from pathlib import Path
 
 import numpy as np
@@ -51,6 +52,12 @@ def test_importing_the_names_imports_no_torch() -> None:
     code = "import sys; from vlv import Autoencoder, Captioner, load_config; print({'torch', 'PIL'} & {*sys.modules})"
     done = projects.run(projects.python("-c", code), ROOT)
     assert done.stdout == "set()\n", done.stderr
+
+
+def test_type_checkers_read_the_installed_package() -> None:
+    assert (ROOT / "vlv" / "py.typed").is_file()
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    assert settings["tool"]["setuptools"]["package-data"]["vlv"] == ["py.typed"]
 
 
 def test_what_is_not_public_is_no_attribute() -> None:

@@ -4,12 +4,14 @@ Building the site (`make docs`) needs mkdocs; these tests do not.
 """
 
 import re
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+import vlv
 from docs import generate, hooks
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -94,6 +96,17 @@ def test_the_site_asks_no_other_host() -> None:
 def test_pages_from_code_are_new() -> None:
     old = [name for name, text in generate.pages().items() if (generate.REFERENCE / name).read_text("utf-8") != text]
     assert old == [], "write them with: python -m docs.generate"
+
+
+def test_the_citation_is_of_this_version() -> None:
+    cited = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    assert (
+        (cited["version"], cited["license"])
+        == (project["version"], project["license"])
+        == (vlv.__version__, "Apache-2.0")
+    )
+    assert cited["preferred-citation"]["url"].endswith("2507.07104")
 
 
 def test_hooks_turn_links_of_the_repository_into_links_of_the_site() -> None:
