@@ -90,7 +90,7 @@ lock: env
 	@git diff --stat -- requirements.lock
 
 # DVC's cache is shared with the clone, so what does not depend on the changed values is not made again. The control
-# on the headline's own Stage 1 (evaluate.untrained_floor) is left to the headline.
+# on the headline's own Stage 1 (evaluate.untrained_baseline) is left to the headline.
 VARIANT := work/variants/$(NAME)
 variant: env
 	$(if $(NAME),,$(error make variant NAME=... SET="KEY=VALUE ..."))
@@ -98,7 +98,7 @@ variant: env
 	mkdir -p .cache && ln -sfn "$(CURDIR)/.cache" $(VARIANT)/.cache
 	cd $(VARIANT) && export PATH="$(CURDIR)/$(BIN):$$PATH" \
 	  && dvc cache dir --local "$(CURDIR)/.dvc/cache" && vlv config use $(PROFILE) && vlv data download \
-	  && dvc exp run $(foreach value,evaluate.untrained_floor=false $(SET),--set-param $(value)) evaluate
+	  && dvc exp run $(foreach value,evaluate.untrained_baseline=false $(SET),--set-param $(value)) evaluate
 	mkdir -p metrics/variants/$(NAME) plots/variants/$(NAME)
 	cp $(foreach stage,stage1 stage2 evaluate,$(VARIANT)/metrics/$(stage).json) metrics/variants/$(NAME)
 	cp $(foreach file,stage1.csv stage1.png stage2.csv stage2.png evaluate_grid.png,$(VARIANT)/plots/$(file)) plots/variants/$(NAME)

@@ -19,15 +19,15 @@ from transformers import AutoModelForCausalLM
 
 from vlv import config
 from vlv.config import Config, Paths
-from vlv.data import text
 from vlv.data.loader import Batch, Grouping, ShardLoader
 from vlv.data.shards import DataError
-from vlv.io import files
+from vlv.io import files, tables
 from vlv.io.progress import meter
-from vlv.models import device
+from vlv.models import caption_tokens, saved
 from vlv.models.autoencoder import Autoencoder, Stage1Batch
-from vlv.models.captioner import IGNORED, Captioner, Stage2Batch
-from vlv.training import optim, runtime
+from vlv.models.caption_tokens import IGNORED
+from vlv.models.captioner import Captioner, Stage2Batch
+from vlv.training import distributed, optim
 
 _WINDOW = 8  # steps whose captions are put in order of length
 _WORDS = 151_936  # Qwen2.5's; the tiny language model knows few, so that its last layer is no work
@@ -88,7 +88,7 @@ def _step(model: torch.nn.Module, settings: config.Training, *losses: Loss) -> W
 
 
 def _bf16(on: bool = True) -> torch.autocast:
-    return torch.autocast(device.for_inference().type, torch.bfloat16, enabled=on)
+    return torch.autocast(saved.inference_device().type, torch.bfloat16, enabled=on)
 
 
 # -- Stage 1 -------------------------------------------------------------------------------------------
@@ -97,20 +97,20 @@ def _bf16(on: bool = True) -> torch.autocast:
 def stage1(settings: Config, paths: Paths) -> list[Pair]:
     """Caches, precision, and one encoding for several draws."""
     s = settings.stage1.model_copy(update={"draws_per_image": 2})
-    model = Autoencoder.build(settings, paths).to(device.for_inference())
+    model = Autoencoder.build(settings, paths).to(saved.inference_device())
     twice = Autoencoder(model.encoder, model.decoder, s)
     once = Autoencoder(model.encoder, model.decoder, s.model_copy(update={"draws_per_image": 1}))
     pictures = next(ShardLoader(paths.data, "train", s.batch_size // 2).batches()).images
     assert pictures is not None
     with torch.no_grad(), _bf16():
-        features, (mean, spread) = model.encoder.features(pictures), model.decoder.encode(pictures)
-    cached = Stage1Batch(None, features, mean, spread)
-    doubled = Stage1Batch(None, *(torch.cat([one, one]) for one in (features, mean, spread)))
+        features, (mean, std) = model.encoder.features(pictures), model.decoder.encode(pictures)
+    cached = Stage1Batch(None, features, mean, std)
+    doubled = Stage1Batch(None, *(torch.cat([one, one]) for one in (features, mean, std)))
 
     def loss(model: Autoencoder, batch: Stage1Batch, bf16: bool = True) -> Loss:
         def compute() -> torch.Tensor:
             with _bf16(bf16):
-                value: torch.Tensor = model(batch, runtime.generator(s.seed, 0))
+                value: torch.Tensor = model(batch, distributed.generator(s.seed, 0))
                 return value
 
         return compute
@@ -135,10 +135,10 @@ def stage1(settings: Config, paths: Paths) -> list[Pair]:
 def stage2(settings: Config, paths: Paths) -> list[Pair]:
     """Caches, batches of like length, and logits only where there is a label."""
     s = settings.stage2.model_copy(update={"learn": "mlp+llm"})
-    model = Captioner.build(settings.model_copy(update={"stage2": s}), paths).to(device.for_inference())
+    model = Captioner.build(settings.model_copy(update={"stage2": s}), paths).to(saved.inference_device())
 
     def length(caption: str | None) -> int:
-        return len(text.tokenize(model.tokenizer, [caption or ""], s.max_caption_tokens).ids[0])
+        return len(caption_tokens.tokenize(model.tokenizer, [caption or ""], s.max_caption_tokens).ids[0])
 
     def batches(grouping: Grouping | None) -> list[Batch]:
         source = ShardLoader(paths.data, "train", s.batch_size, grouping=grouping).batches()
@@ -147,10 +147,12 @@ def stage2(settings: Config, paths: Paths) -> list[Pair]:
     def prepared(batch: Batch) -> Stage2Batch:
         assert batch.images is not None
         captions = [caption or "" for caption in batch.captions]
-        tokens = text.tokenize(model.tokenizer, captions, s.max_caption_tokens)
+        tokens = caption_tokens.tokenize(model.tokenizer, captions, s.max_caption_tokens)
         with _bf16():
             context = model.context(batch.images)
-        return Stage2Batch(context, *text.collate(tokens.ids, model.tokenizer.pad_token_id or 0), batch.images)
+        return Stage2Batch(
+            context, *caption_tokens.collate(tokens.ids, model.tokenizer.pad_token_id or 0), batch.images
+        )
 
     def loss(batch: Stage2Batch, *, cached: bool = True) -> Loss:
         def compute() -> torch.Tensor:
@@ -158,7 +160,7 @@ def stage2(settings: Config, paths: Paths) -> list[Pair]:
             with _bf16():
                 context = batch.context if cached else model.context(batch.images)
                 given = Stage2Batch(context, batch.ids, batch.labels)
-                value: torch.Tensor = model(given, runtime.generator(s.seed, 0))
+                value: torch.Tensor = model(given, distributed.generator(s.seed, 0))
                 return value
 
         return compute
@@ -184,13 +186,13 @@ def _logits(settings: Config, paths: Paths, batch: Stage2Batch) -> Pair:
     model = Captioner.build(settings.model_copy(update={"stage2": s}), paths)
     wide = type(model.language_model.config).from_dict({**model.language_model.config.to_dict(), "vocab_size": _WORDS})
     model.language_model = AutoModelForCausalLM.from_config(wide, trust_remote_code=False).float()
-    model = model.to(device.for_inference())
+    model = model.to(saved.inference_device())
     assert batch.context is not None
     context, ids, labels = (one.to(model.prefix.device) for one in (batch.context, batch.ids, batch.labels))
 
     def ours() -> torch.Tensor:
         with _bf16():
-            loss: torch.Tensor = model(batch, runtime.generator(s.seed, 0))
+            loss: torch.Tensor = model(batch, distributed.generator(s.seed, 0))
             return loss
 
     def stock() -> torch.Tensor:
@@ -211,14 +213,14 @@ def _logits(settings: Config, paths: Paths, batch: Stage2Batch) -> Pair:
 
 def table(measured: Sequence[dict[str, Any]]) -> str:
     """Markdown."""
-    lines = ["| | beside | seconds | control | ratio | quartiles |", "|---|---|---|---|---|---|"]
-    for one in measured:
-        low, high = one["quartiles"]
-        lines.append(
-            f"| {one['ours']} | {one['control']} | {one['seconds']:.3f} | {one['control_seconds']:.3f} "
-            f"| **{one['ratio']:.2f}** | {low:.2f} - {high:.2f} |"
+    rows = [
+        (
+            one["ours"], one["control"], f"{one['seconds']:.3f}", f"{one['control_seconds']:.3f}",
+            f"**{one['ratio']:.2f}**", "{:.2f} - {:.2f}".format(*one["quartiles"]),
         )
-    return "\n".join(lines)
+        for one in measured
+    ]  # fmt: skip
+    return tables.markdown(["", "beside", "seconds", "control", "ratio", "quartiles"], rows)
 
 
 def main() -> None:

@@ -1,7 +1,7 @@
-"""Orchestration with Prefect: when, where, retry, timeout, notify. What is stale is DVC's to say.
+"""Orchestration with Prefect: when and where stages run, retries, time limits. DVC decides what is stale.
 
-Importing this package sets defaults for Prefect's settings, so it must come before `import prefect`. All of
-them give way to the user's own environment.
+Importing this package sets defaults for Prefect's settings, so it must come before `import prefect`. The user's own
+environment wins.
 """
 
 import contextlib
@@ -20,7 +20,7 @@ _DEFAULTS = {
 
 
 def _profile_names_a_server() -> bool:
-    """Whether the user's active Prefect profile (`prefect config set`) points to a server of theirs."""
+    """Whether the user's active Prefect profile (`prefect config set`) names a server."""
     try:
         profiles = tomllib.loads(files.read_text(Path.home() / ".prefect" / "profiles.toml"))
         active = profiles.get("profiles", {}).get(profiles.get("active", ""), {})

@@ -2,7 +2,6 @@
 
 import shutil
 import signal
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -56,14 +55,6 @@ def small_scenes(train: int = 50, validation: int = 6, test: int = 14, shard_siz
     data = tiny().data
     counts = {"train": train, "validation": validation, "test": test}
     return data.model_copy(update={"source": data.source.model_copy(update=counts), "shard_size": shard_size})
-
-
-@pytest.fixture(autouse=True)
-def _own_precision() -> Iterator[None]:
-    """accelerate keeps a process's first precision; a training in another test may have another."""
-    yield
-    if state := sys.modules.get("accelerate.state"):
-        state.AcceleratorState._reset_state()
 
 
 @pytest.fixture(scope="session")
@@ -142,7 +133,7 @@ def trained(trained_smoke: Path, tmp_path: Path) -> Path:
 def prefect_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
     """A Prefect server with the work pool `vlv`; yields the environment that leads there."""
     with servers.prefect(tmp_path_factory.mktemp("prefect")) as where:
-        made = projects.run(projects.python("-m", "flows.pool"), Path.cwd(), **where)
+        made = projects.run(projects.python("-m", "flows.full_train", "--make-pool"), Path.cwd(), **where)
         assert made.returncode == 0, made.stderr
         yield where
 

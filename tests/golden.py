@@ -52,26 +52,27 @@ def _norms(module: Any, names: list[str]) -> dict[str, float]:
 def _gradients_1(settings: Any, paths: Any) -> dict[str, float]:
     from vlv.data.loader import ShardLoader
     from vlv.models.autoencoder import Autoencoder, Stage1Batch
-    from vlv.training import runtime
+    from vlv.training import distributed
 
     model = Autoencoder.build(settings, paths)
     batch = next(ShardLoader(paths.data, "train", 8).iterate())
-    model(Stage1Batch(batch.images), runtime.part_generator(settings.stage1, 0, 0)).backward()
+    model(Stage1Batch(batch.images), distributed.part_generator(settings.stage1, 0, 0)).backward()
     return _norms(model.encoder, ["queries", "projection.layers.0.weight", "projection.mean"])
 
 
 def _gradients_2(settings: Any, paths: Any) -> dict[str, float]:
-    from vlv.data import text
     from vlv.data.loader import ShardLoader
+    from vlv.models import caption_tokens
     from vlv.models.captioner import Captioner, Stage2Batch
-    from vlv.training import runtime
+    from vlv.training import distributed
 
     captioner = Captioner.build(settings, paths)
     batch = next(ShardLoader(paths.data, "train", 8).iterate())
     captions = [caption or "" for caption in batch.captions]
-    tokens = text.tokenize(captioner.tokenizer, captions, settings.stage2.max_caption_tokens)
-    ids, labels = text.collate(tokens.ids, captioner.tokenizer.pad_token_id or 0)
-    captioner(Stage2Batch(None, ids, labels, batch.images), runtime.part_generator(settings.stage2, 0, 0)).backward()
+    tokens = caption_tokens.tokenize(captioner.tokenizer, captions, settings.stage2.max_caption_tokens)
+    ids, labels = caption_tokens.collate(tokens.ids, captioner.tokenizer.pad_token_id or 0)
+    generator = distributed.part_generator(settings.stage2, 0, 0)
+    captioner(Stage2Batch(None, ids, labels, batch.images), generator).backward()
     return _norms(captioner, ["prefix.layers.0.weight", "prefix.positions", "language_model.model.norm.weight"])
 
 

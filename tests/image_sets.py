@@ -1,4 +1,4 @@
-"""Small sets of images in every form that `vlv data import` reads, all with the same pictures and captions."""
+"""Small sets of images in every format that `vlv data import` reads; all have the same pictures and captions."""
 
 import csv
 import gzip
@@ -13,8 +13,6 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
-
-from vlv.data.readers.names import Format
 
 TABLE = ("key", "url", "caption", "status", "error_message")
 
@@ -233,7 +231,7 @@ def parquet_of_paths(root: Path, count: int) -> Path:
 
 
 # Name -> what makes it, and the format that it is.
-MAKERS: dict[str, tuple[Callable[[Path, int], Path], Format]] = {
+MAKERS: dict[str, tuple[Callable[[Path, int], Path], str]] = {
     "folder": (folder, "folder"), "img2dataset": (img2dataset_tars, "img2dataset"),
     "img2dataset-files": (img2dataset_files, "img2dataset"), "img2dataset-gz": (img2dataset_gz, "img2dataset"),
     "parquet": (parquet, "parquet"), "parquet-of-paths": (parquet_of_paths, "parquet"),

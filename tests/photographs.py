@@ -1,5 +1,7 @@
-"""Pictures like photographs (sky, ground, one thing, soft edges) with ordinary sentences, and small parts of the
-classes that the profiles for own photographs use, whose tokenizers know every word."""
+"""Pictures like photographs (sky, ground, one thing, soft edges) with ordinary sentences.
+
+And small parts of the classes in the profiles for your own photographs; their tokenizers know every word.
+"""
 
 from pathlib import Path
 from typing import Any

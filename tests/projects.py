@@ -12,7 +12,8 @@ from pathlib import Path
 import psutil
 import yaml
 
-from vlv.io import files, telemetry
+from vlv.io import telemetry
+from vlv.tracking import run_record
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 
@@ -161,10 +162,15 @@ def kill_after(project: Path, stage: str, lines: int, seconds: float = 0.0) -> b
         stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
     )  # fmt: skip
     while process.poll() is None:
-        curves = list((project / "work" / stage).glob("training-*/curve.jsonl"))
-        if curves and len(files.read_json_lines(curves[0])) >= lines:
+        if len(curve(project, stage)) >= lines:
             time.sleep(seconds)
             process.kill()
             return process.wait() == -signal.SIGKILL
         time.sleep(0.005)
     return False
+
+
+def curve(project: Path, stage: str) -> list[int]:
+    """The steps of the curve that an unfinished training has recorded so far."""
+    records = list((project / "work" / stage).glob(f"training-*/run-*/{run_record.NAME}"))
+    return list(run_record.curve(run_record.read(records[0]), ["loss"])) if records else []

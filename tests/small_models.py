@@ -22,13 +22,10 @@ from transformers import (
     T5EncoderModel,
 )
 
-from vlv.models.conditioners.clip import ClipReader
-from vlv.models.conditioners.sd3 import SD3Conditioner, T5Reader
-from vlv.models.conditioners.sdxl import SDXLConditioner
-from vlv.models.conditioners.stable_diffusion import TextConditioner
-from vlv.models.decoders.sd3 import SD3Decoder
-from vlv.models.decoders.sdxl import SDXLDecoder
-from vlv.models.decoders.stable_diffusion import StableDiffusionDecoder
+from vlv.models.decoders.clip import ClipReader
+from vlv.models.decoders.sd3 import SD3Conditioner, SD3Decoder, T5Reader
+from vlv.models.decoders.sdxl import SDXLConditioner, SDXLDecoder
+from vlv.models.decoders.stable_diffusion import StableDiffusionDecoder, TextConditioner
 from vlv.tiny import scenes
 from vlv.tiny.pretrain_text import tokenizer
 

@@ -1,4 +1,4 @@
-"""The pipeline does on an accelerator what it does on a CPU. There is none here: tests/pretend.py stands for it."""
+"""The pipeline does the same on an accelerator as on a CPU. tests/pretend.py simulates an accelerator."""
 
 import re
 import shutil
@@ -39,7 +39,7 @@ def test_the_accelerator_refuses_what_a_gpu_refuses(tmp_path: Path) -> None:
 
 
 @pytest.mark.training
-def test_begun_on_a_cpu_it_goes_on_to_the_end_on_the_accelerator(tmp_path: Path, smoke: Path) -> None:
+def test_a_training_that_began_on_a_cpu_resumes_on_the_accelerator(tmp_path: Path, smoke: Path) -> None:
     cpu, other = smoke, tmp_path / "other"
     settings = yaml.safe_load((cpu / "params.yaml").read_text(encoding="utf-8"))
     for section, changes in CHANGES.items():
@@ -53,14 +53,14 @@ def test_begun_on_a_cpu_it_goes_on_to_the_end_on_the_accelerator(tmp_path: Path,
     # As a user does; the captioner that `vlv caption` finds is the one just trained.
     use = ["caption work/evaluate/pictures -o captions.json", "reconstruct work/evaluate/pictures -o drawn --steps 2"]
     told = _succeeds(projects.python(str(PRETEND), *(f"run {stage}" for stage in STAGES), *use), other)
-    assert "going on from step" in told
+    assert "resuming from step" in told
     counts = [int(count) for count in re.findall(r"^(\d+) operations on pretend:0", told, re.MULTILINE)]
     assert len(counts) == len(STAGES) + len(use) and min(counts) > 1000, counts
     for stage in ("stage1", "stage2"):
         assert _figures(other, stage)["final_loss"] == pytest.approx(_figures(cpu, stage)["final_loss"], rel=1e-3)
     captions = [files.read_json(project / "work" / "evaluate" / "captions.json") for project in (cpu, other)]
     assert captions[0] == captions[1]
-    for kind in ("ceiling", "vae"):
+    for kind in ("upper_bound", "vae"):
         drawn = [_figures(project, "evaluate")["reconstruction"][kind]["psnr"] for project in (cpu, other)]
         assert drawn[0] == pytest.approx(drawn[1], abs=0.1)  # the CPU's are drawn in bf16
     pictures = len(list((other / "work" / "evaluate" / "pictures").glob("*.png")))

@@ -43,5 +43,5 @@ def test_a_training_of_other_code_is_named_and_not_used(trained: Path) -> None:
     done = projects.run(projects.python("-m", "vlv", "run", "stage1"), trained)
     assert done.returncode == 0, done.stderr
     assert f"{old.name} stopped at step" in done.stderr and "vlv run stage1 --adopt" in done.stderr
-    assert "going on from step" not in done.stderr
+    assert "resuming from step" not in done.stderr
     assert "adopted" not in files.read_json(trained / "metrics" / "stage1.json")

@@ -91,7 +91,7 @@ def test_saved_and_loaded_it_is_the_same_and_strict(smoke: config.Config, paths:
     save_file({**tensors, "qeuries": queries}, tmp_path / "model" / "model.safetensors")
     with pytest.raises(ModelFolderError, match=r"missing \['queries'\].*unexpected \['qeuries'\]"):
         Autoencoder.load(tmp_path / "model", paths)
-    with pytest.raises(ModelFolderError, match="not a vlv-captioner-1"):
+    with pytest.raises(ModelFolderError, match="not a vlv-captioner-2"):
         from vlv.models.captioner import Captioner
 
         Captioner.load(tmp_path / "model", paths)
@@ -110,11 +110,11 @@ def test_another_pretrained_part_is_refused(smoke: config.Config, paths: Paths, 
 
 
 def test_the_projection_starts_on_the_text_side(smoke: config.Config, paths: Paths) -> None:
-    from vlv.models import build as pretrained
+    from vlv.models import build
 
     model = Autoencoder.build(smoke, paths)
-    mean, spread = pretrained.text_statistics(smoke.decoder, paths, smoke.encoder.queries)
+    mean, std = build.text_statistics(smoke.decoder, paths, smoke.encoder.queries)
     images = _batch(8).images
     assert images is not None
     embeddings = model.encoder(model.encoder.features(images))
-    assert (embeddings - mean).abs().mean() < spread.mean()
+    assert (embeddings - mean).abs().mean() < std.mean()

@@ -65,7 +65,7 @@ def test_only_what_is_missing_damaged_or_of_another_shard_is_computed(
     assert _cache(tmp_path, scene_data, part, "b").folder != cache.folder
 
 
-@pytest.mark.parametrize("damage", ["flipped", "zeroed", "of another shard", "gone"])
+@pytest.mark.parametrize("damage", ["flipped", "zeroed", "of another shard", "gone", "a folder"])
 def test_damage_is_seen_when_a_file_is_opened_first_and_the_file_is_made_again(
     damage: str, scene_data: Path, entries: list[shards.ShardEntry], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -84,6 +84,9 @@ def test_damage_is_seen_when_a_file_is_opened_first_and_the_file_is_made_again(
             file.write_bytes(other.read_bytes())
         case "gone":
             file.unlink()
+        case "a folder":
+            file.unlink()
+            file.mkdir()
 
     part = _Half()
     again = _cache(tmp_path, scene_data, part)  # as the next run opens it

@@ -8,8 +8,8 @@ import torch.nn.functional as F
 
 from tests.conftest import profile
 from vlv import config
-from vlv.config import Paths
-from vlv.data import text
+from vlv.config import Paths, trainable
+from vlv.models import caption_tokens
 from vlv.models.captioner import Captioner, Stage2Batch
 
 CAPTIONS = ["A dog is at the top left.", "The background is pink. There is a cat at the center."]
@@ -25,8 +25,8 @@ def _smoke() -> config.Config:
 
 
 def _batch(captioner: Captioner, captions: list[str]) -> Stage2Batch:
-    tokens = text.tokenize(captioner.tokenizer, captions, 64)
-    ids, labels = text.collate(tokens.ids, 0)
+    tokens = caption_tokens.tokenize(captioner.tokenizer, captions, 64)
+    ids, labels = caption_tokens.collate(tokens.ids, 0)
     context = torch.randn(len(captions), 8, 128, generator=torch.Generator().manual_seed(len(captions[0])))
     return Stage2Batch(context, ids, labels)
 
@@ -44,7 +44,7 @@ def test_loss_equals_the_stock_model_on_the_same_embeddings(captioner: Captioner
 def test_padding_changes_no_token_s_loss(captioner: Captioner) -> None:
     both = _batch(captioner, CAPTIONS)
     alone = [
-        Stage2Batch(both.context[i : i + 1], *text.collate([both.ids[i][both.labels[i] != -100].tolist()], 0))
+        Stage2Batch(both.context[i : i + 1], *caption_tokens.collate([both.ids[i][both.labels[i] != -100].tolist()], 0))
         for i in range(2)
     ]
     counts = [(b.labels != -100).sum() for b in alone]
@@ -73,9 +73,9 @@ def test_new_weights_are_float32_whatever_the_shipped_ones_are(captioner: Captio
 
 
 def test_what_learns_is_what_was_chosen(captioner: Captioner) -> None:
-    captioner.set_learning("mlp")
+    captioner.set_trainable(trainable.STAGE2["mlp"], trainable.STAGE1["all"])
     assert {n.split(".")[0] for n, p in captioner.named_parameters() if p.requires_grad} == {"prefix"}
-    captioner.set_learning("mlp+llm")
+    captioner.set_trainable(trainable.STAGE2["mlp+llm"], trainable.STAGE1["all"])
     assert {n.split(".")[0] for n, p in captioner.named_parameters() if p.requires_grad} == {"prefix", "language_model"}
 
 
@@ -96,7 +96,7 @@ def test_a_standardised_prefix_sees_differences_at_one_scale_and_is_saved_so(pat
     context = torch.randn(500, 8, 128) * 0.1 + 7.0
     before = captioner.prefix(context)
     captioner.prefix.standardise(context.mean(0), context.std(0))
-    seen = (context - captioner.prefix.mean) / captioner.prefix.spread
+    seen = (context - captioner.prefix.mean) / captioner.prefix.std
     assert seen.mean().abs() < 1e-3 and abs(seen.std() - 1) < 1e-2
     assert torch.allclose(captioner.prefix(context), captioner.prefix.layers(seen) + captioner.prefix.positions)
     assert captioner.prefix(context).std(0).mean() > 3 * before.std(0).mean()

@@ -1,4 +1,4 @@
-"""`vlv data caption` against a real server that is slow, fails, limits, cuts off, talks nonsense and refuses."""
+"""`vlv data caption` against a real server that is slow, fails, limits, cuts answers, sends nonsense and refuses."""
 
 import json
 import os
@@ -16,10 +16,9 @@ import pytest
 from tests import model_server
 from tests.conftest import ROOT
 from tests.model_server import TOKENS, ModelServer
-from vlv.data.caption_api.answer import parse
 from vlv.data.caption_api.budget import Prices
-from vlv.data.caption_api.captioner import CaptionReport, Run, caption_images
-from vlv.data.caption_api.endpoint import EndpointError, Question
+from vlv.data.caption_api.client import EndpointError, Question, parse
+from vlv.data.caption_api.relabel import CaptionOptions, CaptionReport, caption_images
 from vlv.data.import_.importer import Wanted, import_images
 from vlv.data.import_.recipe import Recipe
 from vlv.data.readers.formats import ReadOptions
@@ -39,7 +38,7 @@ def question(server: ModelServer, **changes: Any) -> Question:
 
 
 def caption(source: Path, output: Path, server: ModelServer, **changes: Any) -> CaptionReport:
-    run = Run(question(server), concurrency=4, reading=ReadOptions(caption_column="none"))
+    run = CaptionOptions(question(server), concurrency=4, reading=ReadOptions(caption_column="none"))
     return caption_images(source, output, replace(run, **changes))
 
 
@@ -56,7 +55,7 @@ def expected(*numbers: int) -> dict[str, str]:
     return {f"{i:02d}.png": model_server.caption(i) for i in numbers}
 
 
-def test_every_trouble_ends_in_a_caption_or_a_reason(tmp_path: Path) -> None:
+def test_every_image_ends_with_a_caption_or_a_reason(tmp_path: Path) -> None:
     script = {
         1: ["500", "503"], 2: ["cut", "cut"], 3: ["garbage", "odd"], 4: ["hang"], 5: ["429:0.2"],
         6: ["refusal"], 7: ["words"], 8: ["filter"], 9: ["empty"], 10: ["null"], 11: ["length"], 12: ["400"],
@@ -87,7 +86,7 @@ def test_every_trouble_ends_in_a_caption_or_a_reason(tmp_path: Path) -> None:
     assert {name for name, reason, _ in report.notes if reason == "failed"} == {"13.png"}
 
 
-def test_a_second_run_asks_only_about_what_is_left(tmp_path: Path) -> None:
+def test_a_second_run_asks_only_about_images_without_an_answer(tmp_path: Path) -> None:
     source = model_server.write_images(tmp_path / "images", 8)
     with ModelServer({2: ["refusal"], 3: ["500"] * 9}) as server:
         caption(source, tmp_path / "out", server, question=question(server, retries=1))
@@ -104,14 +103,14 @@ def test_a_second_run_asks_only_about_what_is_left(tmp_path: Path) -> None:
     assert captions(tmp_path / "out") == expected(*range(10)) and unusable(tmp_path / "out") == {}
 
 
-def test_all_wait_when_one_is_told_to(tmp_path: Path) -> None:
+def test_all_threads_wait_after_a_retry_after(tmp_path: Path) -> None:
     source = model_server.write_images(tmp_path / "images", 12)
     with ModelServer({0: ["429:0.5"]}, pause=0.02) as server:
         report = caption(source, tmp_path / "out", server)
         told = next(at for at, what in server.times if what.startswith("429"))
     assert report.counts == {"caption": 12}
     assert server.most_at_once == 4
-    # what was under way when the answer came (20 ms later) is not at fault
+    # requests that were in progress when the answer came (20 ms later) are allowed
     assert not [at for at, _ in server.times if told + 0.1 < at < told + 0.5]
     with ModelServer({0: ["429:7200"]}) as server, pytest.raises(EndpointError, match="asks to wait 7200 s"):
         caption(source, tmp_path / "other", server)
@@ -165,7 +164,7 @@ def test_after_a_kill_no_answered_image_is_asked_about_again(tmp_path: Path) -> 
 
 
 @pytest.mark.slow
-def test_an_interrupt_keeps_the_answers_that_are_under_way(tmp_path: Path) -> None:
+def test_an_interrupt_keeps_the_answers_in_progress(tmp_path: Path) -> None:
     source, output = model_server.write_images(tmp_path / "images", 20), tmp_path / "out"
     with ModelServer(pause=0.4) as server:
         child = subprocess.Popen(command(source, output, server), cwd=ROOT, stdout=subprocess.DEVNULL)
@@ -180,7 +179,7 @@ def test_an_interrupt_keeps_the_answers_that_are_under_way(tmp_path: Path) -> No
 # --- money
 
 
-def test_the_cap_is_not_passed_and_can_be_raised(tmp_path: Path) -> None:
+def test_the_cap_is_not_exceeded_and_can_be_raised(tmp_path: Path) -> None:
     source, output = model_server.write_images(tmp_path / "images", 20), tmp_path / "out"
     with ModelServer({3: ["cut"]}, pause=0.02) as server:
         report = caption(source, output, server, prices=EACH, cap=8.0, concurrency=8)
@@ -195,7 +194,7 @@ def test_the_cap_is_not_passed_and_can_be_raised(tmp_path: Path) -> None:
     assert captions(output) == expected(*range(20))
 
 
-def test_a_limit_tries_out_a_few(tmp_path: Path) -> None:
+def test_a_limit_asks_about_a_few_images(tmp_path: Path) -> None:
     source = model_server.write_images(tmp_path / "images", 12)
     with ModelServer() as server:
         report = caption(source, tmp_path / "out", server, limit=3)
@@ -206,7 +205,7 @@ def test_a_limit_tries_out_a_few(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("status", "message"), [(401, "--key-env"), (404, "--base-url"), (402, "credit")])
-def test_a_hopeless_endpoint_ends_the_run(tmp_path: Path, status: int, message: str) -> None:
+def test_a_fatal_error_of_the_endpoint_ends_the_run(tmp_path: Path, status: int, message: str) -> None:
     source = model_server.write_images(tmp_path / "images", 20)
     with ModelServer({i: [str(status)] * 9 for i in range(5, 20)}) as server:
         with pytest.raises(EndpointError, match=message):
@@ -236,7 +235,7 @@ def test_answers_to_another_question_are_not_mixed(tmp_path: Path) -> None:
         assert len(server.asked) == 2
 
 
-def test_the_key_is_sent_and_written_nowhere(tmp_path: Path) -> None:
+def test_the_key_is_sent_and_never_written(tmp_path: Path) -> None:
     source = model_server.write_images(tmp_path / "images", 2)
     key = "sk-very-secret"
     with ModelServer({1: ["refusal"]}) as server:
@@ -281,7 +280,7 @@ def test_captions_reach_the_data(tmp_path: Path) -> None:
     "I'm sorry, but I can't assist with that.", "I\u2019m unable to describe people.", "Sorry, no.",
     "I cannot describe this image.", "As an AI, I do not see.", "Unfortunately, I can't view images.",
 ])  # fmt: skip
-def test_refusals_in_words_are_none_of_our_captions(text: str) -> None:
+def test_refusals_in_words_never_become_captions(text: str) -> None:
     assert parse(json.dumps(model_server.completion(text)).encode()).kind == "refused"
 
 
@@ -292,7 +291,7 @@ def test_captions_are_not_taken_for_refusals(text: str) -> None:
     assert parse(json.dumps(model_server.completion(text)).encode()).kind == "caption"
 
 
-def test_half_a_character_in_an_answer_is_replaced() -> None:
+def test_a_lone_surrogate_in_an_answer_is_replaced() -> None:
     body = b'{"choices": [{"message": {"content": "A dog \\ud83d runs."}, "finish_reason": "stop"}]}'
     found = parse(body)
     assert found.kind == "caption" and found.text == "A dog \N{REPLACEMENT CHARACTER} runs."

@@ -1,4 +1,4 @@
-"""Children of the flow: their lines live, and nobody of them left behind."""
+"""A child process of the flow: its lines arrive as they come, and no process is left behind."""
 
 import os
 import sys
@@ -27,7 +27,7 @@ def _run(code: str) -> tuple[child.Ended, list[str]]:
     return ended, lines
 
 
-def test_lines_come_whole_and_a_progress_bar_seldom() -> None:
+def test_lines_arrive_whole_and_a_progress_bar_rarely() -> None:
     code = (
         "import sys, time\n"
         "sys.stdout.write('one\\ntw'); sys.stdout.flush(); time.sleep(0.3)\n"
@@ -41,7 +41,7 @@ def test_lines_come_whole_and_a_progress_bar_seldom() -> None:
     assert [line for line in lines if "bar" in line] == ["bar 0", "bar done"]
 
 
-def test_lines_come_while_the_child_runs() -> None:
+def test_lines_arrive_while_the_child_runs() -> None:
     told: list[float] = []
     code = "import time\nfor _ in range(3): print('x', flush=True); time.sleep(0.6)"
     child.run([sys.executable, "-c", code], cwd=Path.cwd(), env=os.environ, say=lambda _: told.append(time.time()))
@@ -49,7 +49,7 @@ def test_lines_come_while_the_child_runs() -> None:
 
 
 @pytest.mark.parametrize("mood", ["meek", "stubborn"])
-def test_an_exception_ends_the_whole_family(mood: str) -> None:
+def test_an_exception_ends_the_child_and_its_descendants(mood: str) -> None:
     ids: list[int] = []
 
     def say(line: str) -> None:
@@ -62,7 +62,7 @@ def test_an_exception_ends_the_whole_family(mood: str) -> None:
     assert not [one for one in ids if psutil.pid_exists(one) and psutil.Process(one).status() != "zombie"]
 
 
-def test_what_a_child_leaves_in_its_group_ends_with_it() -> None:
+def test_processes_that_a_child_leaves_in_its_group_end_with_it() -> None:
     code = (
         "import subprocess, sys\n"
         "other = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)'])\n"
@@ -71,6 +71,6 @@ def test_what_a_child_leaves_in_its_group_ends_with_it() -> None:
     start = time.monotonic()
     ended, lines = _run(code)
     assert ended.returncode == 0
-    assert time.monotonic() - start < 60  # it holds the pipe open, which must not hold us
+    assert time.monotonic() - start < 60  # it holds the pipe open, and we must not wait for that
     pid = int(lines[0])
     assert not psutil.pid_exists(pid) or psutil.Process(pid).status() == "zombie"

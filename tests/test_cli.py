@@ -15,7 +15,7 @@ from tests import projects
 from vlv.cli import doctor
 from vlv.cli import main as cli
 from vlv.config import Paths
-from vlv.io import files, pinning
+from vlv.io import files, pin
 
 
 @pytest.fixture
@@ -113,8 +113,8 @@ def test_config_use_and_show(toy: Path, capsys: pytest.CaptureFixture[str]) -> N
 
 def test_data_is_made_pinned_kept_refused_and_repaired(toy: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert _vlv("data", "download") == 0
-    pin = (toy / "data.dvc").read_bytes()
-    assert yaml.safe_load(pin)["meta"]["made_from"]["train"] == 24
+    pinned = (toy / "data.dvc").read_bytes()
+    assert yaml.safe_load(pinned)["meta"]["made_from"]["train"] == 24
     assert _vlv("data", "verify") == 0 and "data.dvc" in capsys.readouterr().out
 
     shard = toy / "data" / "train" / "00001.tar"
@@ -126,7 +126,7 @@ def test_data_is_made_pinned_kept_refused_and_repaired(toy: Path, capsys: pytest
     assert _vlv("data", "verify") == cli.ANSWER
     assert "train/00001.tar" in capsys.readouterr().err
     assert _vlv("data", "download") == 0  # the remedy that the message names
-    assert shard.read_bytes() == whole and (toy / "data.dvc").read_bytes() == pin
+    assert shard.read_bytes() == whole and (toy / "data.dvc").read_bytes() == pinned
     assert _vlv("data", "verify") == 0
 
 
@@ -142,15 +142,15 @@ def test_other_settings_make_other_data_with_a_pin_of_its_own(toy: Path) -> None
 def test_the_same_settings_must_give_the_pinned_bytes(toy: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A fresh clone: no data, no DVC cache, only the pin. What is made must be what was pinned."""
     assert _vlv("data", "download") == 0
-    pin = (toy / "data.dvc").read_text()
+    pinned = (toy / "data.dvc").read_text()
     for made in (toy / "data", toy / ".dvc" / "cache"):
         made.rename(made.with_name(made.name + ".away"))
     assert _vlv("data", "download", "--if-missing") == 0
-    assert (toy / "data.dvc").read_text() == pin
+    assert (toy / "data.dvc").read_text() == pinned
     assert _vlv("data", "verify") == 0
     # Another pin of the same settings: then the bytes differ from it, and nobody pins them anew in silence.
-    md5 = yaml.safe_load(pin)["outs"][0]["md5"]
-    (toy / "data.dvc").write_text(pin.replace(md5, "0" * 32 + ".dir"))
+    md5 = yaml.safe_load(pinned)["outs"][0]["md5"]
+    (toy / "data.dvc").write_text(pinned.replace(md5, "0" * 32 + ".dir"))
     assert _vlv("data", "download", "--if-missing") == 0
     capsys.readouterr()
     assert _vlv("data", "verify") == cli.ANSWER
@@ -169,7 +169,7 @@ def test_own_images_are_imported_and_pinned(toy: Path, tmp_path: Path, capsys: p
     assert _vlv("data", "import", str(photos)) == 0
     told = capsys.readouterr()
     assert "broken.jpg" in told.err and "kept 6" in told.out and "kind: imported" in told.out
-    made_from = pinning.made_from(Paths(toy))
+    made_from = pin.made_from(Paths(toy))
     assert made_from is not None and made_from["kind"] == "imported"
     assert _vlv("data", "verify") == 0
 

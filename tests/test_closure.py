@@ -12,7 +12,7 @@ import yaml
 from tests import projects
 from tests.conftest import ROOT, profile
 from vlv import config
-from vlv.inputs import closure
+from vlv.inputs import closure, source
 from vlv.io import files
 from vlv.stages import lineage
 
@@ -23,19 +23,19 @@ MODELS = TRAINED | {"register"}  # what is registered carries the code that serv
 @pytest.fixture
 def package(tmp_path: Path) -> Path:
     """A copy of the package to edit."""
-    return Path(shutil.copytree(closure.PACKAGE, tmp_path / "vlv", ignore=shutil.ignore_patterns("__pycache__")))
+    return Path(shutil.copytree(source.PACKAGE, tmp_path / "vlv", ignore=shutil.ignore_patterns("__pycache__")))
 
 
 def _codes(package: Path, kind: str = "tiny") -> dict[str, dict[str, str]]:
     """Stage -> hashes of its code, with the sources in `package`."""
     settings = profile(kind)
-    sources = closure.Sources(package)
-    return {stage: sources.reached(lineage.roots(stage, settings)) for stage in lineage.SETTINGS}
+    sources = source.Sources(package)
+    return {stage: closure.hashes(lineage.roots(stage, settings), sources) for stage in lineage.SETTINGS}
 
 
 @functools.cache
 def _unchanged(kind: str) -> dict[str, dict[str, str]]:
-    return _codes(closure.PACKAGE, kind)
+    return _codes(source.PACKAGE, kind)
 
 
 def _changed(package: Path, edit: Callable[[], Any], kind: str = "tiny") -> set[str]:
@@ -54,17 +54,22 @@ def _replace(path: Path, old: str, new: str) -> None:
 
 @pytest.mark.parametrize(("file", "old", "new", "stale"), [
     ("models/decoders/base.py", "posterior.std * scale", "posterior.std * scale * 3.0", MODELS),
-    ("models/conditioners/stable_diffusion.py", "return self.condition(embeddings)\n",
+    ("models/decoders/stable_diffusion.py", "return self.condition(embeddings)\n",
      "return self.condition(embeddings) * 2.0\n", MODELS),
     ("tiny/scenes.py", "return Scene(background, tuple(sorted(objects)))", "return Scene(0, tuple(sorted(objects)))",
      {"evaluate"}),
+    ("tiny/counting.py", "Counter(kind for _, kind in scene.objects)", "Counter(place for place, _ in scene.objects)",
+     {"evaluate"}),
+    ("tiny/recogniser.py", "background.argmax(-1).tolist()", "background.argmin(-1).tolist()", {"evaluate"}),
     ("data/loader.py", "+ self._rank * local", "+ self._rank * local + 1", TRAINED),
     ("io/images.py", "batch.float() / 127.5 - 1.0", "batch.float() / 127.5 - 1.1", MODELS),
     ("training/optim.py", "return warmup * share", "return share", TRAINED),
+    ("config/trainable.py", "Parts({TEXT_DECODER})", "Parts({TEXT_ENCODER})", MODELS),
+    ("config/trainable.py", "Parts({LANGUAGE_MODEL})", "Parts({ADAPTERS})", MODELS - {"stage1"}),
     ("models/captioner.py", "if begin is None else", "if begin == 7 else", MODELS - {"stage1"}),
-    ("evaluation/reconstruct.py", "255**2", "256**2", {"evaluate"}),
+    ("evaluation/metrics.py", "255**2", "256**2", {"evaluate"}),
     ("data/gate.py", "min_value=gate.min_side", "min_value=gate.min_side + 1", {"validate"}),
-    ("serving/captioner_model.py", "self.captioner.caption(pictures)", "[]", {"register"}),
+    ("registry/serving.py", "self.captioner.caption(_pictures(model_input))", "[]", {"register"}),
 ], ids=lambda value: value if isinstance(value, str) and value.endswith(".py") else "")  # fmt: skip
 def test_a_change_that_decides_a_number_makes_its_stages_stale(
     package: Path, file: str, old: str, new: str, stale: set[str]
@@ -79,13 +84,13 @@ def _add(path: Path, text: str) -> None:
 def test_words_plots_logs_and_other_kinds_make_nothing_stale(package: Path) -> None:
     before = _unchanged("tiny")
     _replace(package / "models/encoder.py", "learnable queries and a projection.", "queries.")
-    _replace(package / "training/energy.py", "Joules since it was made", "Joules")
-    _replace(package / "evaluation/report.py", "#3867d6", "#ff0000")
+    _replace(package / "training/ledger.py", "operations and money, summed", "money, summed")
+    _replace(package / "evaluation/figures.py", "#3867d6", "#ff0000")
     _replace(package / "training/loop.py", "the loss is {total} at step", "at step")
-    _replace(package / "training/checkpoint.py", "going back to the one before it", "passed over")
+    _replace(package / "training/state.py", "going back to the one before it", "passed over")
     _add(package / "models/decoders/sd3.py", "\n\nNEW = 1\n")
     (package / "models/decoders/new.py").write_text("class NewDecoder: ...\n")
-    _replace(package / "config/models.py", '"sdxl", "sd3"', '"sdxl", "sd3", "new"')
+    _replace(package / "config/models.py", '"sd3": "3 and 3.5"', '"sd3": "3 and 3.5", "new": "a new one"')
     (package / "evaluation/new_metric.py").write_text("def metric() -> float:\n return 1.0\n")
     _add(package / "tiny/counting.py", "\n\ndef new_metric() -> float:\n return 1.0\n")
     _add(package / "models/encoder.py", "\n# a comment\n")
@@ -97,7 +102,8 @@ def test_only_the_configured_kind_of_decoder_counts(package: Path) -> None:
     edit = lambda: _replace(sd3, "sigma * noise + (1.0 - sigma)", "sigma * noise + (1.1 - sigma)")  # noqa: E731
     assert _changed(package, edit, "sd35") == MODELS
     for kind in ("stable_diffusion", "sdxl", "sd3"):
-        found = closure.sources().reached([f"vlv.models.{side}.{kind}:build" for side in ("conditioners", "decoders")])
+        section = profile("tiny").decoder.model_copy(update={"kind": kind})
+        found = closure.hashes(lineage.decoder_code(section))
         others = {"stable_diffusion", "sdxl", "sd3"} - {kind}
         assert not [name for name in found if name.rpartition(".")[2] in others]
 
@@ -115,7 +121,7 @@ def test_the_layout_of_the_source_does_not_matter(package: Path) -> None:
 def test_a_name_that_does_not_exist_is_an_error() -> None:
     for root in ("vlv.nowhere:run", "vlv.io.images:nothing", "vlv.models.encoder:CaptionEncoder.nothing"):
         with pytest.raises(KeyError):
-            closure.sources().reached([root])
+            closure.hashes([root])
 
 
 def test_defaults_and_parts_are_inputs_and_cards_are_not(tmp_path: Path) -> None:
@@ -156,9 +162,9 @@ def test_every_function_that_a_stage_calls_is_in_its_inputs(smoke: Path) -> None
     assert done.returncode == 0, done.stderr
     called_by: dict[str, list[str]] = files.read_json(smoke / "called.json")
     # The settings check themselves, what they say is an input; `reporting` tells a worker's parent of an error.
-    beside = (*closure.NEUTRAL, "vlv.config", "vlv.stages:", "vlv.training.workers:reporting")
+    beside = (*closure.NEUTRAL, "vlv.config", "vlv.stages:", "vlv.training.launch:reporting")
     for stage in lineage.SETTINGS:
         called = {name for name in called_by[stage] if not name.startswith(beside)}
-        found = {f"{s.module}:{s.name}" for s in closure.sources().symbols(lineage.roots(stage, profile("smoke")))}
+        found = {f"{s.module}:{s.name}" for s in closure.symbols(lineage.roots(stage, profile("smoke")))}
         assert len(called) > 10
         assert called - found == set(), stage

@@ -16,7 +16,7 @@ import pytest
 import yaml
 
 from benchmarks import steps
-from flows import report
+from flows import artifacts
 from vlv import config
 from vlv.config import Paths
 
@@ -63,7 +63,7 @@ class Committed:
         paths = Paths(scratch)
         paths.metrics.mkdir(exist_ok=True)
         (paths.metrics / "evaluate.json").write_text(self.text("metrics/evaluate.json"), encoding="utf-8")
-        return [table.markdown() for table in report.figures(paths)]
+        return [table.markdown() for table in artifacts.figures(paths)]
 
 
 def parameters_are_a_profiles(committed: Committed, scratch: Path) -> None:

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+import yaml
 
 from tests import projects, servers
 from tests.listener import Listener, listening
@@ -18,7 +19,7 @@ from vlv.io import telemetry
 
 pytestmark = pytest.mark.server
 
-# With one of these MLflow and Prefect say nothing of their own accord, which would prove nothing.
+# With one of these set MLflow and Prefect are silent by themselves, which would prove nothing.
 _TEST_RUNS = ("CI", "GITHUB_ACTIONS", "PYTEST_CURRENT_TEST", "PYTEST_VERSION")
 SWITCHES_ON = 'eval "$(python -m vlv.io.telemetry)" && exec '
 
@@ -84,8 +85,10 @@ def toy(tmp_path_factory: pytest.TempPathFactory, sprites: Path) -> Path:
 def test_the_section_with_a_server_is_silent(toy: Path) -> None:
     prefect = projects.python("-m", "prefect")
     with listening() as listener, _prefect_server(toy, listener) as env:
-        _run(projects.python("-m", "flows.pool"), toy, env)
-        _run(projects.python("-m", "flows.pool"), toy, env)  # a second time it is there, and that is well
+        _run(projects.python("-m", "flows.full_train", "--make-pool"), toy, env)
+        _run(
+            projects.python("-m", "flows.full_train", "--make-pool"), toy, env
+        )  # a second time it is there, and that is well
         _run([*prefect, "--no-prompt", "deploy", "--all"], toy, env)
         with _running([*prefect, "worker", "start", "--pool", "vlv"], toy, env):
             _run([*prefect, "deployment", "run", "vlv/full-train", "--watch"], toy, env)
@@ -126,6 +129,10 @@ def test_the_switches_stand_in_one_place() -> None:
         if name in path.read_text(encoding="utf-8") and path.name != "telemetry.py"
     ]
     assert restated == []
+    compose = yaml.safe_load((projects.REPOSITORY / "mlflow" / "compose.yaml").read_text(encoding="utf-8"))
+    server = compose["services"]["mlflow"]["environment"]  # YAML cannot import; MLflow's two must at least be the same
+    switched = {name: value for name, value in server.items() if name in telemetry.SWITCHES}
+    assert switched == {name: telemetry.SWITCHES[name] for name in ("DO_NOT_TRACK", "MLFLOW_DISABLE_TELEMETRY")}
     shown = subprocess.check_output(projects.python("-m", "vlv.io.telemetry"), text=True, cwd=projects.REPOSITORY)
     assert dict(line.removeprefix("export ").split("=") for line in shown.splitlines()) == telemetry.SWITCHES
 

@@ -1,4 +1,4 @@
-"""What a training left is damaged before it goes on: it ends in the same figures, and its MLflow run is right."""
+"""The files of a training are damaged before it resumes: its figures are the same, and its MLflow run is right."""
 
 import json
 import logging
@@ -18,6 +18,8 @@ from vlv.config import Paths
 from vlv.io.stopping import Stopped
 from vlv.stages import lineage
 from vlv.stages.record import Record, training_record
+from vlv.tracking import store
+from vlv.tracking.run_record import NAME, Begin, RunRecord
 from vlv.training import loop
 
 pytestmark = pytest.mark.training
@@ -60,27 +62,33 @@ def _steps(project: Paths, run: MlflowRun) -> list[int]:
 
 @pytest.fixture(scope="module")
 def whole(project: Paths) -> tuple[str, float]:
-    """The curve and the last loss of a training that nothing happened to."""
+    """The curve and the last loss of an undamaged training."""
     figures = _train(project, "whole")
     return (project.plots / "whole.csv").read_text(), figures["final_loss"]
 
 
 def _garble_middle(path: Path) -> None:
-    """The line end between two rows is lost, and a third row is no text."""
+    """Remove the line end between two rows, and make a third row something else than text."""
     first, second, third, *rest = path.read_bytes().splitlines(keepends=True)
     path.write_bytes(first[:-9] + second + b"\xff\xfe" + third + b"".join(rest))
 
 
-# The file, what is done to it, and what the warning says; None: nothing, for nothing is lost.
+# The file, the damage, and the warning; None: no warning, because nothing is lost.
+RECORD = "run-*/record.jsonl"
 CASES: dict[str, tuple[str, Damage, str | None]] = {
-    "curve torn": ("curve.jsonl", lambda path: path.write_bytes(path.read_bytes()[:-20]), None),
-    "curve torn further": ("curve.jsonl", lambda path: path.write_bytes(path.read_bytes() + b'{"step": 8, "lo'), None),
-    "curve garbled": ("curve.jsonl", _garble_middle, "curve.jsonl: 2 damaged lines"),
-    "curve emptied": ("curve.jsonl", lambda path: path.write_bytes(b""), None),
-    "curve of other things": (
-        "curve.jsonl",
+    "record torn": (RECORD, lambda path: path.write_bytes(path.read_bytes()[:-20]), None),
+    "record torn further": (RECORD, lambda path: path.write_bytes(path.read_bytes() + b'{"step": 8, "lo'), None),
+    "record garbled": (RECORD, _garble_middle, "record.jsonl: 2 damaged lines"),
+    "record emptied": (RECORD, lambda path: path.write_bytes(b""), None),
+    "record of other things": (
+        RECORD,
         lambda path: path.write_bytes(b'[1]\n{"step": "2"}\n{"loss": 0.1}\n'),
-        "curve.jsonl: 3 damaged lines",
+        "record.jsonl: 3 damaged lines",
+    ),
+    "record without its beginning": (
+        RECORD,
+        lambda path: path.write_bytes(b"[" * 100_000 + path.read_bytes()),
+        "record.jsonl: 1 damaged lines",
     ),
     "ledger emptied": ("ledger.json", lambda path: path.write_bytes(b""), "ledger.json.damaged"),
     "ledger a list": ("ledger.json", lambda path: path.write_text("[1, 2]"), "ledger.json.damaged"),
@@ -89,8 +97,6 @@ CASES: dict[str, tuple[str, Damage, str | None]] = {
         lambda path: path.write_text('{"samples": "many", "flops_per_step": -1}'),
         "ledger.json.damaged",
     ),
-    "run emptied": ("run.json", lambda path: path.write_bytes(b""), "run.json.damaged"),
-    "run a list": ("run.json", lambda path: path.write_text("[" * 100_000), "run.json.damaged"),
     "manifests lists": (
         "checkpoints/step-00000008/manifest.json",
         lambda path: path.write_text("[]"),
@@ -112,7 +118,8 @@ def test_it_ends_in_the_same_figures(
     with pytest.raises(Stopped):
         _train(project, case, _stopping(7))
     (folder,) = (project.work / case).glob("training-*")
-    damage(folder / name)
+    (path,) = folder.glob(name)
+    damage(path)
     with caplog.at_level(logging.WARNING, logger="vlv"):
         figures = _train(project, case)
     curve, final_loss = whole
@@ -120,7 +127,7 @@ def test_it_ends_in_the_same_figures(
     assert figures["final_loss"] == final_loss
     assert said is None or said in caplog.text
     assert said is not None or "damaged" not in caplog.text
-    # One run, finished, each point once: a damaged run.json is found again in the outbox.
+    # One run, finished, each point once: the folder's name is the run's identity, whatever became of the file in it.
     (run,) = _runs(project, case)
     assert run.info.status == "FINISHED"
     assert _steps(project, run) == list(range(SETTINGS.log_every, SETTINGS.steps + 1, SETTINGS.log_every))
@@ -133,32 +140,23 @@ def test_a_training_that_is_stopped_is_killed_not_failed(project: Paths) -> None
     assert run.info.status == "KILLED"
 
 
-def test_a_journal_whose_files_are_damaged_holds_up_nothing(project: Paths, caplog: pytest.LogCaptureFixture) -> None:
-    from vlv.tracking import outbox
-    from vlv.tracking.journal import Head, Journal
-
-    head = Head(
-        uri=tracking.prepare(project),
-        experiment="vlv",
-        artifacts=None,
-        name="damaged journal",
-        start_time=1_700_000_000_000,
-    )
-    folders = []
+def test_a_damaged_record_holds_up_nothing(project: Paths, caplog: pytest.LogCaptureFixture) -> None:
+    uri = tracking.prepare(project)
+    begin = Begin(uri, "vlv", None, "damaged record", 1_700_000_000_000)
+    paths = []
     for _ in range(3):
-        journal = Journal.create(outbox.folder(project), head)
-        journal.append("metrics", step=1, values={"loss": 0.5})
-        journal.release()
-        folders.append(journal.folder)
-    (folders[0] / "head.json").write_text("[]")
-    (folders[1] / "sent.json").write_text('{"run_id": 5, "offset": -3}')
-    with (folders[2] / "journal.jsonl").open("a") as file:
-        file.write(
-            '{"op": "metrics"}\n[]\n' + json.dumps({"op": "metrics", "time": 1, "step": 2, "values": {"loss": 0.4}})
-        )
-        file.write("\n")
+        record = RunRecord.create(store.outbox(project), begin)
+        record.add_metrics(1, {"loss": 0.5})
+        record.close()
+        paths.append(record.folder / NAME)
+    paths[0].write_bytes(b"[]\n" + paths[0].read_bytes().splitlines(keepends=True)[1])
+    with paths[1].open("a") as file:
+        file.write('{"n": 3, "op": "told", "time": 1, "run_id": 5, "upto": -3}\n')
+    with paths[2].open("a") as file:
+        file.write('{"op": "metrics"}\n[]\n')
+        file.write(json.dumps({"n": 3, "op": "metrics", "time": 1, "step": 2, "values": {"loss": 0.4}}) + "\n")
     with caplog.at_level(logging.WARNING, logger="vlv"):
-        report = tracking.flush_outbox(project)
+        report = tracking.replay_all(project)
     assert (report.delivered, report.waiting) == (2, [])
-    assert "head.json.damaged" in caplog.text and "sent.json.damaged" in caplog.text
-    assert sorted(len(_steps(project, run)) for run in _runs(project, "damaged journal")) == [1, 2]
+    assert "record.jsonl.damaged" in caplog.text and "2 damaged lines are passed over" in caplog.text
+    assert sorted(len(_steps(project, run)) for run in _runs(project, "damaged record")) == [1, 2]

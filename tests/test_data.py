@@ -14,15 +14,15 @@ import torch
 
 from tests.conftest import small_scenes
 from vlv import config
-from vlv.data import pointer, shards, sources, writer
+from vlv.data import shards, sources, writer
 from vlv.data.loader import ShardLoader
 from vlv.data.shards import DataError
-from vlv.io import images, pinning
+from vlv.io import images, pin
 from vlv.tiny import scenes
 
 
 def hashes(data: Path) -> dict[str, str]:
-    return {p.relative_to(data).as_posix(): pointer.hash_file(p).md5 for p in data.rglob("*") if p.is_file()}
+    return {p.relative_to(data).as_posix(): pin.hash_file(p).md5 for p in data.rglob("*") if p.is_file()}
 
 
 def keys(batches: Any, count: int | None = None) -> list[str]:
@@ -38,12 +38,12 @@ def test_equal_settings_give_equal_bytes(scene_data: Path, paths: config.Paths, 
 
 
 def test_scene_bytes_are_the_known_ones(scene_data: Path) -> None:
-    # Whoever changes how scenes are drawn or written raises sources._SCENES_VERSION and this hash.
+    # Whoever changes how scenes are drawn or written raises vlv.tiny.scene_source.VERSION and this hash.
     entry = shards.read_manifest(scene_data).splits["validation"].shards[0]
     assert entry.sha256 == "35a6d0f6270e513c0a4c6267f60b6d11c89f09735dc869899cb813260f81753c"
 
 
-def test_what_is_there_and_intact_is_not_made_again(scene_data: Path, paths: config.Paths) -> None:
+def test_intact_data_is_not_made_again(scene_data: Path, paths: config.Paths) -> None:
     before = {path: path.stat().st_mtime_ns for path in scene_data.rglob("*")}
     sources.materialise(small_scenes(), paths, scene_data)
     assert {path: path.stat().st_mtime_ns for path in scene_data.rglob("*")} == before
@@ -63,8 +63,9 @@ def test_samples_hold_what_they_show(scene_data: Path) -> None:
     specifications: dict[str, set[scenes.Scene]] = {}
     for split, entry in shards.read_manifest(scene_data).splits.items():
         for batch in ShardLoader(scene_data, split, 8).iterate():
-            specifications.setdefault(split, set()).update(batch.scenes)
-            for caption, scene, meta in zip(batch.captions, batch.scenes, batch.meta, strict=True):
+            for caption, meta in zip(batch.captions, batch.meta, strict=True):
+                scene = scenes.Scene.from_json(meta["scene"])
+                specifications.setdefault(split, set()).add(scene)
                 assert caption is not None
                 assert scenes.read_caption(caption) == scene
                 assert scenes.split_of(scene) == split
@@ -130,7 +131,7 @@ def test_verify_agrees_with_dvc(scene_data: Path, monkeypatch: pytest.MonkeyPatc
     for arguments in (["init", "--no-scm", "--quiet"], ["add", "--quiet", "data"]):
         subprocess.run([sys.executable, "-m", "dvc", *arguments], cwd=project, check=True, capture_output=True)
     data_dvc = project / "data.dvc"
-    assert pointer.folder_md5(hashes(scene_data)) == pinning.pinned_md5(data_dvc)
+    assert pin.folder_md5(hashes(scene_data)) == pin.pinned_md5(data_dvc)
     before = data_dvc.read_bytes()
     shards.verify(scene_data, data_dvc)
 
@@ -153,7 +154,7 @@ def record(name: str, seed: int, caption: str | None = "A caption of a few words
 
 
 def rewrite(data: Path, split: str, records: list[writer.Record], shard_size: int = 20) -> None:
-    """Write a split anew with a manifest that agrees."""
+    """Write a split again, with a manifest that agrees."""
     manifest = shards.read_manifest(data)
     entry = writer.write_split(data / split, records, shard_size)
     writer.write_manifest(data, manifest.model_copy(update={"splits": {**manifest.splits, split: entry}}))
@@ -170,7 +171,7 @@ def test_each_epoch_shows_every_sample_once_in_another_order(scene_data: Path) -
     assert first != keys(ShardLoader(scene_data, "train", 10, seed=2).batches(), 5)
 
 
-def test_a_resumed_loader_goes_on_with_the_same_samples(scene_data: Path) -> None:
+def test_a_resumed_loader_continues_with_the_same_samples(scene_data: Path) -> None:
     whole = list(itertools.islice(ShardLoader(scene_data, "train", 7, seed=1).batches(), 20))  # nearly 3 epochs
     for step in (1, 3, 9, 14):
         rest = list(itertools.islice(ShardLoader(scene_data, "train", 7, seed=1).batches(step), 20 - step))
@@ -179,7 +180,7 @@ def test_a_resumed_loader_goes_on_with_the_same_samples(scene_data: Path) -> Non
         assert all(torch.equal(a.images, b.images) for a, b in zip(rest, whole[step:], strict=True))
 
 
-def test_what_is_skipped_is_not_read(scene_data: Path) -> None:
+def test_skipped_samples_are_not_read(scene_data: Path) -> None:
     order = [key[:5] for key in keys(ShardLoader(scene_data, "train", 10).batches(), 5)]
     (scene_data / "train" / f"{order[0]}.tar").unlink()
     step = next(i for i in range(5) if order[0] not in order[i * 10 : i * 10 + 10])
@@ -188,7 +189,7 @@ def test_what_is_skipped_is_not_read(scene_data: Path) -> None:
         next(ShardLoader(scene_data, "train", 10).batches())
 
 
-def test_processes_share_the_global_batch(scene_data: Path) -> None:
+def test_ranks_share_the_global_batch(scene_data: Path) -> None:
     alone = keys(ShardLoader(scene_data, "train", 8).batches(3), 6)
     ranks = [ShardLoader(scene_data, "train", 8, rank=r, world_size=4).batches(3) for r in range(4)]
     assert [key for _ in range(6) for rank in ranks for key in next(rank).keys] == alone

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 
 from tests import small_models
 from vlv.config import Timesteps
-from vlv.models.decoders.timesteps import draw_timesteps
+from vlv.models.decoders.base import draw_timesteps
 
 UNIFORM = Timesteps(mode="uniform")
 
@@ -62,9 +62,9 @@ def test_latents_carry_the_scale_of_the_vae_config() -> None:
     decoder = small_models.decoder()
     batch = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8)
     with torch.no_grad():
-        mean, spread = decoder.encode(batch)
+        mean, std = decoder.encode(batch)
         posterior = decoder.vae.encode(batch.float() / 127.5 - 1).latent_dist
-        assert torch.allclose(mean, posterior.mean * 0.18215) and torch.allclose(spread, posterior.std * 0.18215)
+        assert torch.allclose(mean, posterior.mean * 0.18215) and torch.allclose(std, posterior.std * 0.18215)
         assert decoder.decode(mean).shape == (2, 3, 32, 32) and decoder.decode(mean).dtype == torch.uint8
 
 

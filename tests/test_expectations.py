@@ -1,4 +1,4 @@
-"""Poisoned data: each poison makes the verdict fail by the right expectation, naming what and where."""
+"""Damaged data fails the right expectation, and the verdict names what failed and where."""
 
 import shutil
 import tarfile
@@ -37,7 +37,7 @@ def records_of(data: Path, split: str) -> list[Record]:
 
 
 def poison(data: Path, split: str, edit: Edit) -> None:
-    """Edit a split's samples and write shards, table and manifest anew, so that all of them agree."""
+    """Edit a split's samples and write shards, table and manifest again, so that all of them agree."""
     records = records_of(data, split)
     edit(records)
     shutil.rmtree(data / split)
@@ -198,7 +198,7 @@ def test_a_table_that_disagrees_is_named(scene_data: Path) -> None:
     assert not {name for split, name in found if split == "train"}
 
 
-def test_limits_of_the_gate_are_the_configuration(scene_data: Path) -> None:
+def test_the_configuration_sets_the_bounds_of_the_gate(scene_data: Path) -> None:
     poison(scene_data, "train", duplicate)
     poison(scene_data, "validation", set_caption(None))
     loose = GATE.model_copy(update={"max_duplicate_share": 0.02, "captions_required": False})

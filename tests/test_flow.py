@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from flows import dvc as graph
-from flows import tasks
+from flows import dvc
 from tests import projects, servers
+from vlv import stages
 from vlv.config import ConfigError
 
 
@@ -31,15 +31,24 @@ def _outcomes(done: subprocess.CompletedProcess[str]) -> dict[str, str]:
 
 
 def test_the_order_is_read_from_dvc_yaml(toy: Path) -> None:
-    assert graph.stages(toy) == ["first", "middle", "last"]
-    assert graph.stages(toy, "middle") == ["first", "middle"]
+    assert dvc.stages(toy) == ["first", "middle", "last"]
+    assert dvc.stages(toy, "middle") == ["first", "middle"]
     with pytest.raises(ConfigError, match=r"no stage 'stage9'.*last, first, middle"):
-        graph.stages(toy, "stage9")
+        dvc.stages(toy, "stage9")
 
 
-def test_the_repository_takes_care_of_stages_that_exist() -> None:
-    assert graph.stages(projects.REPOSITORY) == ["inputs", "validate", "stage1", "stage2", "evaluate", "register"]
-    assert set(tasks.CARE) <= set(graph.stages(projects.REPOSITORY))
+def test_retry_policies_are_read_from_dvc_yaml(toy: Path) -> None:
+    names = dvc.stages(projects.REPOSITORY)
+    assert names == stages.NAMES
+    policies = {name: dvc.retry_policy(projects.REPOSITORY, name) for name in names}
+    assert {name for name in names if policies[name].retries and policies[name].retry_after == "signal"} == {
+        "stage1", "stage2",
+    }  # fmt: skip
+    assert dvc.retry_policy(toy, "first") == dvc.RetryPolicy()
+    text = (toy / "dvc.yaml").read_text()
+    (toy / "dvc.yaml").write_text(text.replace("toy.py first\n", "toy.py first\n    meta: {flow: {retrys: 1}}\n"))
+    with pytest.raises(ConfigError, match=r"stages\.first\.meta\.flow: retrys"):
+        dvc.retry_policy(toy, "first")
 
 
 @pytest.mark.server
@@ -87,11 +96,11 @@ def test_a_failed_stage_stops_the_run_with_its_last_lines(toy: Path, prefect_ser
 
 @pytest.mark.server
 def test_a_training_that_a_signal_ended_is_started_once_more(toy: Path, prefect_server: dict[str, str]) -> None:
-    text = (toy / "dvc.yaml").read_text().replace("  middle:\n", "  stage2:\n")  # a name that has a retry
-    (toy / "dvc.yaml").write_text(text)
+    text = (toy / "dvc.yaml").read_text()
+    (toy / "dvc.yaml").write_text(text.replace("toy.py middle\n", "toy.py middle\n    meta: {flow: {retries: 1}}\n"))
     done = _flow(toy, **prefect_server, TOY="die-once")
     assert done.returncode == 0, done.stdout + done.stderr
-    assert _outcomes(done)["stage2"] == "ran" and (toy / "died").exists()
+    assert _outcomes(done)["middle"] == "ran" and (toy / "died").exists()
 
 
 @pytest.mark.server

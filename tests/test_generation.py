@@ -21,7 +21,7 @@ from vlv.config import Generation, Paths
 from vlv.convert import release
 from vlv.io import files, images
 from vlv.models.captioner import Captioner
-from vlv.models.cleaning import clean_up
+from vlv.models.language_model import clean_up
 
 _LANGUAGE_MODEL = "pretrained/tiny/language_model"
 

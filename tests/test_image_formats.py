@@ -1,4 +1,4 @@
-"""`images.decode` opens a short list of formats, starts no program, and has one error for every damage."""
+"""`images.decode` opens a short list of formats, starts no program, and raises one kind of error for any damage."""
 
 import functools
 import io
@@ -15,8 +15,8 @@ from PIL import EpsImagePlugin, Image
 from tests.test_import import wanted
 from vlv.data.import_.importer import import_images
 from vlv.data.shards import DataError
+from vlv.inference import _readable
 from vlv.io import images
-from vlv.stages.use import _readable
 
 # Pillow warns of oddities in what it reads all the same.
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::PIL.Image.DecompressionBombWarning")
@@ -99,7 +99,7 @@ def test_every_damage_is_an_image_error() -> None:
 
 
 @pytest.mark.parametrize("name", [name for name in _samples() if name.upper() in _FOREIGN])
-def test_other_formats_are_not_opened_whatever_the_file_is_called(name: str) -> None:
+def test_other_formats_are_not_opened_whatever_their_file_names(name: str) -> None:
     with pytest.raises(images.ImageError, match=r"photo\.jpg: not a readable image \(none of JPEG, PNG"):
         images.decode(_samples()[name], "photo.jpg")
 
@@ -114,7 +114,7 @@ def test_every_format_on_the_list_is_opened(name: str) -> None:
         assert np.abs(pixels.mean() - np.asarray(_picture()).mean()) < 16  # the picture, not black or white
 
 
-def test_files_of_each_ending_that_a_folder_is_searched_for_can_be_read() -> None:
+def test_files_with_each_known_suffix_can_be_read() -> None:
     for suffix in images.SUFFIXES:
         buffer = io.BytesIO()
         _picture().save(buffer, Image.registered_extensions()[suffix])
@@ -130,7 +130,7 @@ showpage
 """
 
 
-def test_no_program_is_started_for_a_postscript_file_that_says_it_is_a_photograph(
+def test_no_program_is_started_for_a_postscript_file_named_as_a_photograph(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     programs, photos, started = tmp_path / "bin", tmp_path / "photos", tmp_path / "started"

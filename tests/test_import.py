@@ -1,4 +1,4 @@
-"""`vlv data import`: every format gives the same samples, in flat memory, and a kill changes nothing."""
+"""`vlv data import`: all formats give the same samples, memory does not grow, and a kill changes no byte."""
 
 import io
 import json
@@ -24,8 +24,7 @@ from tests.test_data import hashes
 from vlv import config
 from vlv.data import shards, sources
 from vlv.data.import_.importer import ImportReport, Wanted, import_images
-from vlv.data.import_.recipe import Recipe
-from vlv.data.import_.splits import SPLITS, Shares
+from vlv.data.import_.recipe import SPLITS, Recipe, Shares
 from vlv.data.readers import captions, formats
 from vlv.data.readers.formats import ReadOptions
 from vlv.data.shards import DataError, Sample
@@ -86,7 +85,7 @@ def _whole(sample: Sample) -> tuple[bytes, str | None, str]:
     return sample.image, sample.caption, json.dumps(sample.meta, sort_keys=True)
 
 
-def test_what_is_left_out_is_named(tmp_path: Path) -> None:
+def test_each_dropped_sample_has_a_reason(tmp_path: Path) -> None:
     folder = image_sets.folder(tmp_path / "photographs", 24)
     first = folder / "group0" / "photo0000.jpg"
     (folder / "group0" / "photo0003.txt").write_text("  \n")
@@ -125,7 +124,7 @@ def test_what_is_left_out_is_named(tmp_path: Path) -> None:
     assert (table["status"] == "success").sum() == 25
 
 
-def test_a_damaged_tar_gives_what_it_has_and_the_rest_is_named(tmp_path: Path) -> None:
+def test_a_damaged_tar_gives_its_samples_before_the_damage(tmp_path: Path) -> None:
     source = image_sets.img2dataset_tars(tmp_path / "tars", 20)
     path = source / "00001.tar"
     with tarfile.open(path) as tar:
@@ -147,7 +146,7 @@ def test_metadata_of_a_download_is_kept_but_not_where_it_was_taken(tmp_path: Pat
 # --- splits
 
 
-def test_more_images_move_none_of_the_others(tmp_path: Path) -> None:
+def test_new_images_do_not_change_the_split_of_others(tmp_path: Path) -> None:
     import_images(image_sets.folder(tmp_path / "few", 30), tmp_path / "data", wanted(shares=HALVES))
     before = contents(tmp_path / "data")
     import_images(image_sets.folder(tmp_path / "more", 60), tmp_path / "data", wanted(shares=HALVES))
@@ -193,7 +192,7 @@ def test_one_of_several_captions_by_a_named_rule(tmp_path: Path) -> None:
     assert all(draws.count(i) == pytest.approx(1000, abs=120) for i in range(3))
 
 
-def test_coco_names_what_it_cannot_use(tmp_path: Path) -> None:
+def test_coco_counts_unusable_images_by_reason(tmp_path: Path) -> None:
     path = image_sets.coco(tmp_path / "coco", 6)
     value = json.loads(path.read_text())
     value["images"] += [{"id": 1, "file_name": "../../secret.jpg"}, {"id": 2, "file_name": "none.jpg"}]
@@ -208,7 +207,7 @@ def test_coco_names_what_it_cannot_use(tmp_path: Path) -> None:
         import_images(path, tmp_path / "data", wanted())
 
 
-def test_captions_made_elsewhere_go_before_the_source_s_own(tmp_path: Path) -> None:
+def test_captions_of_a_table_have_priority_over_those_of_the_source(tmp_path: Path) -> None:
     source = image_sets.folder(tmp_path / "photographs", 6)
     table = [{"sha256": _sha(image_sets.photo(i)), "caption": f"Better {i}."} for i in range(3)]
     pq.write_table(pa.Table.from_pylist(table), tmp_path / "captions.parquet")
@@ -229,7 +228,7 @@ def _sha(data: bytes) -> str:
 # --- parquet and the hub
 
 
-def test_columns_that_cannot_be_told_are_listed(tmp_path: Path) -> None:
+def test_columns_that_cannot_be_guessed_are_listed(tmp_path: Path) -> None:
     row = {"picture": image_sets.photo(0), "thumb": image_sets.photo(0), "alt": "Words.", "n": 1}
     path = tmp_path / "odd.parquet"
     pq.write_table(pa.Table.from_pylist([row]), path)
@@ -294,7 +293,7 @@ if status.exists():  # ru_maxrss would count the parent's memory, which the chil
 
 
 @pytest.mark.slow
-def test_a_killed_import_goes_on_to_the_same_bytes(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_killed_import_continues_to_the_same_bytes(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     source = image_sets.folder(tmp_path / "photographs", 300)
     import_images(source, tmp_path / "whole" / "data", wanted(), workers=3)
     data, staging = tmp_path / "killed" / "data", tmp_path / "killed" / ".import.data"
@@ -309,12 +308,12 @@ def test_a_killed_import_goes_on_to_the_same_bytes(tmp_path: Path, caplog: pytes
         import_images(source, data, wanted(recipe=Recipe(32, 64, 2.0)))
     caplog.set_level("INFO")
     import_images(source, data, wanted(), workers=2)
-    assert "Going on after" in caplog.text
+    assert "Continuing after" in caplog.text
     assert hashes(data) == hashes(tmp_path / "whole" / "data")
     assert sorted(path.name for path in data.parent.iterdir()) == ["data"]
 
 
-def test_an_import_that_another_one_left_is_discarded_on_demand(tmp_path: Path) -> None:
+def test_restart_discards_an_unfinished_import(tmp_path: Path) -> None:
     source = image_sets.folder(tmp_path / "photographs", 6)
     staging = tmp_path / ".import.data"
     (staging / "00007").mkdir(parents=True)
@@ -394,7 +393,7 @@ def test_import_refuses_without_touching_the_data(scene_data: Path, tmp_path: Pa
     words = tmp_path / "words.doc"
     words.write_bytes(io.BytesIO(b"no image set").getvalue())
     for source, message in (
-        (empty, "none of 1 images"), (scene_data / "train", "in one another"), (tmp_path / "no", "There is no"),
+        (empty, "none of 1 images"), (scene_data / "train", "overlap"), (tmp_path / "no", "There is no"),
         (words, "--format"),
     ):  # fmt: skip
         with pytest.raises(DataError, match=message):

@@ -1,4 +1,4 @@
-"""One bad sample never stops an import: it costs itself, by name, and the rest is what it would be without it."""
+"""A bad sample never stops an import: it is dropped with a reason, and the other samples do not change."""
 
 import io
 import json
@@ -69,7 +69,7 @@ _DEEP = "[" * 100_000 + "]" * 100_000
         ('{"caption": "x", "score": Infinity, "other": -Infinity, "similarity": NaN, "huge": 1e999}', None),
     ],
 )  # fmt: skip
-def test_bad_text_costs_the_caption_or_nothing_but_itself(text: str, reason: str | None, tmp_path: Path) -> None:
+def test_bad_text_loses_at_most_its_own_caption(text: str, reason: str | None, tmp_path: Path) -> None:
     report = _import_twice(_tars(tmp_path / "tars", _json(text)), tmp_path / "data")
     assert report.tally.kept == _GOOD + 1
     assert report.tally.captions_left_out == ({reason: 1} if reason else {})
@@ -108,7 +108,7 @@ def test_a_sparse_member_is_dropped(pax: dict[str, str], tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("size", [str(2**70), str(2**63), str(2**40), "-2048", "x"])
-def test_a_header_that_lies_about_its_size_ends_its_tar_by_name(size: str, tmp_path: Path) -> None:
+def test_a_header_with_a_wrong_size_ends_its_tar_with_a_reason(size: str, tmp_path: Path) -> None:
     """What follows such a header cannot be found; what img2dataset lists and the tar no longer gives is named too."""
     source = _tars(tmp_path / "tars", [("bad.jpg", image_sets.photo(99), {"size": size})])
     keys = ["0000", "0001", "0002", "0003"]
@@ -157,7 +157,7 @@ def test_a_folder_with_names_and_texts_of_all_kinds(tmp_path: Path) -> None:
     assert report.tally.kept == 9 and report.tally.captions_left_out == {"caption_unreadable": 1}
 
 
-def test_our_own_shards_with_a_number_that_is_none(scene_data: Path, tmp_path: Path) -> None:
+def test_our_own_shards_with_nan_in_the_json(scene_data: Path, tmp_path: Path) -> None:
     shard = scene_data / "train" / "00000.tar"
     with tarfile.open(shard) as tar:
         members = [(member.name, tar.extractfile(member)) for member in tar]

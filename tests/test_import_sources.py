@@ -1,9 +1,11 @@
-"""What a source says about its images: where captions come from, and a question where none are found."""
+"""What a source says about its images: where captions come from, and that the import stops if none are found."""
 
 import io
 import json
 import shutil
+import sys
 import tarfile
+import types
 from pathlib import Path
 
 import pyarrow as pa
@@ -11,9 +13,11 @@ import pyarrow.parquet as pq
 import pytest
 
 from tests import image_sets
+from tests.conftest import ROOT
 from tests.test_import import contents, rows, samples, wanted
+from vlv.cli.data import importing
 from vlv.data.import_.importer import import_images
-from vlv.data.readers import formats
+from vlv.data.readers import folder, formats
 from vlv.data.readers.formats import ReadOptions
 from vlv.data.shards import DataError
 from vlv.io import files
@@ -24,7 +28,7 @@ def _captions(data: Path) -> set[str | None]:
 
 
 @pytest.mark.parametrize("name", ["captions.csv", "labels.json", "all.jsonl", "deep/captions.txt", "set.parquet"])
-def test_a_folder_with_a_list_that_nobody_reads_is_a_question(name: str, tmp_path: Path) -> None:
+def test_a_folder_with_an_unread_list_stops_the_import(name: str, tmp_path: Path) -> None:
     source = tmp_path / "photos"
     image_sets.pictures(source, range(4))
     (source / "README.txt").write_text("Photographs.")
@@ -49,7 +53,7 @@ def test_a_folder_with_a_list_that_nobody_reads_is_a_question(name: str, tmp_pat
 
 
 @pytest.mark.parametrize("name", ["captions.json", "lists/a.csv", "results.txt"])
-def test_the_command_that_the_question_names_answers_it(name: str, tmp_path: Path) -> None:
+def test_the_command_in_the_error_imports_the_captions(name: str, tmp_path: Path) -> None:
     source = tmp_path / "photos"
     listed = image_sets.pictures(source / "images", range(4))
     (source / name).parent.mkdir(exist_ok=True)
@@ -63,7 +67,7 @@ def test_the_command_that_the_question_names_answers_it(name: str, tmp_path: Pat
     assert import_images(Path(command[0]), tmp_path / "data", wanted(reading=reading)).tally.captions == 4
 
 
-def test_captions_that_are_all_unusable_are_a_question(tmp_path: Path) -> None:
+def test_only_unusable_captions_stop_the_import(tmp_path: Path) -> None:
     source = image_sets.folder(tmp_path / "photos", 6)
     for path in source.rglob("*"):
         if path.suffix in (".txt", ".caption", ".json"):
@@ -79,7 +83,7 @@ def test_captions_that_are_all_unusable_are_a_question(tmp_path: Path) -> None:
     assert import_images(tmp_path / "set.parquet", tmp_path / "data", wanted(reading=reading)).tally.kept == 3
 
 
-def test_a_tar_of_a_folder_in_no_order_is_a_question(tmp_path: Path) -> None:
+def test_an_unsorted_tar_stops_the_import(tmp_path: Path) -> None:
     """As `tar` writes a folder: in the order of the file system, so that captions do not follow their images."""
     with tarfile.open(tmp_path / "photos.tar.gz", "w:gz") as tar:
         for end in ("jpg", "txt", "json"):
@@ -93,7 +97,7 @@ def test_a_tar_of_a_folder_in_no_order_is_a_question(tmp_path: Path) -> None:
     assert not (tmp_path / "data").exists()
 
 
-def test_images_in_another_folder_are_a_question(tmp_path: Path) -> None:
+def test_images_in_another_folder_stop_the_import(tmp_path: Path) -> None:
     source = image_sets.json_lines(tmp_path / "set", 5)
     shutil.move(tmp_path / "set", tmp_path / "elsewhere")
     source.parent.mkdir()
@@ -104,7 +108,7 @@ def test_images_in_another_folder_are_a_question(tmp_path: Path) -> None:
     assert import_images(source, tmp_path / "data", wanted(reading=reading)).tally.captions == 5
 
 
-def test_lines_that_name_no_image_cost_themselves_only(tmp_path: Path) -> None:
+def test_lines_without_an_image_do_not_affect_other_lines(tmp_path: Path) -> None:
     listed = image_sets.pictures(tmp_path / "set", range(3))
     lines = [json.dumps({"image": name, "caption": text}) for name, text in listed]
     lines[1:1] = [
@@ -123,7 +127,7 @@ def test_lines_that_name_no_image_cost_themselves_only(tmp_path: Path) -> None:
     assert ("list.jsonl:2", "unreadable") in {(note.path, note.reason) for note in report.notes}
 
 
-def test_a_table_in_another_encoding_loses_the_lines_it_spoils(tmp_path: Path) -> None:
+def test_a_table_in_another_encoding_loses_only_bad_lines(tmp_path: Path) -> None:
     image_sets.pictures(tmp_path / "set", range(2))
     (tmp_path / "set" / "ä.jpg".encode("latin-1").decode("utf-8", "surrogateescape")).write_bytes(image_sets.photo(2))
     text = "image\tcaption\nphoto0000.jpg\tA café.\nphoto0001.jpg\tA bar.\nä.jpg\tA wine cellar.\n"
@@ -177,7 +181,7 @@ def test_answers_to_several_questions_are_no_caption(tmp_path: Path) -> None:
     assert "In detail." in _captions(tmp_path / "data")
 
 
-def test_an_imagefolder_keeps_what_its_metadata_forgets_and_names_what_is_gone(tmp_path: Path) -> None:
+def test_an_imagefolder_keeps_unlisted_images_and_reports_missing_ones(tmp_path: Path) -> None:
     source = image_sets.imagefolder(tmp_path / "set", 9)
     (source / "train" / "extra.png").write_bytes(image_sets.photo(20))
     (source / "test" / "photo0008.jpg").unlink()
@@ -187,7 +191,7 @@ def test_an_imagefolder_keeps_what_its_metadata_forgets_and_names_what_is_gone(t
     assert any(sample.meta.get("origin") == {"score": "0.5"} for _, sample in samples(tmp_path / "data"))
 
 
-def test_a_coco_folder_of_which_one_half_was_fetched(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_coco_folder_with_half_of_its_images(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     source = image_sets.coco_folder(tmp_path / "coco", 8)
     shutil.rmtree(source / "train2017")
     assert formats.guess(source) == "coco"
@@ -203,7 +207,7 @@ def test_a_coco_folder_of_which_one_half_was_fetched(tmp_path: Path, caplog: pyt
         import_images(file, tmp_path / "data", wanted())
 
 
-def test_faults_in_two_tables_of_one_name_are_two(tmp_path: Path) -> None:
+def test_faults_in_two_tables_of_the_same_name_are_counted_twice(tmp_path: Path) -> None:
     source = image_sets.imagefolder(tmp_path / "set", 6)
     shutil.copy(source / "train" / "metadata.csv", source / "test" / "metadata.csv")
     for split in ("train", "test"):
@@ -223,13 +227,13 @@ def test_faults_in_two_tables_of_one_name_are_two(tmp_path: Path) -> None:
         ("[" * 100_000, "cannot be"),
     ],
 )
-def test_a_list_that_is_none_is_named(text: str, message: str, tmp_path: Path) -> None:
+def test_a_file_that_is_no_list_is_named(text: str, message: str, tmp_path: Path) -> None:
     (tmp_path / "list.json").write_text(text)
     with pytest.raises(DataError, match=rf"list\.json {message}"):
         import_images(tmp_path / "list.json", tmp_path / "data", wanted())
 
 
-def test_a_saved_set_that_is_cut_gives_what_it_has(tmp_path: Path) -> None:
+def test_a_cut_arrow_file_gives_its_samples_before_the_cut(tmp_path: Path) -> None:
     source = image_sets.saved_to_disk(tmp_path / "saved", 20)
     cut = source / "train" / "data-00000-of-00001.arrow"
     cut.write_bytes(cut.read_bytes()[: cut.stat().st_size * 3 // 4])
@@ -240,9 +244,29 @@ def test_a_saved_set_that_is_cut_gives_what_it_has(tmp_path: Path) -> None:
         import_images(source, tmp_path / "data", wanted())
 
 
-def test_two_files_of_conversations_are_not_guessed_at(tmp_path: Path) -> None:
+def test_two_files_of_conversations_are_not_guessed_as_llava(tmp_path: Path) -> None:
     source = image_sets.llava(tmp_path / "llava", 3)
     shutil.copy(source / "blip_laion_cc_sbu_558k.json", source / "other.json")
     assert formats.guess(source) == "folder"
     with pytest.raises(DataError, match=r"holds blip_laion_cc_sbu_558k\.json"):
         import_images(source, tmp_path / "data", wanted())
+
+
+def test_a_new_format_is_one_module_and_one_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    module = types.ModuleType("vlv.data.readers.toy")
+    made = folder.FolderReader(image_sets.folder(tmp_path / "set", 3), tmp_path / "scratch", 0, "first")
+    vars(module).update(
+        recognises=lambda format, source, inside: source.suffix == ".toy", open_reader=lambda *arguments: made
+    )
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    monkeypatch.setattr(formats, "FORMATS", {"toy": "toy", **formats.FORMATS})
+    (tmp_path / "set.toy").write_text("")
+    assert formats.guess(tmp_path / "set.toy") == "toy"
+    reader = formats.open_source(tmp_path / "set.toy", tmp_path, ReadOptions())
+    assert len(list(reader.read())) == 3
+
+
+def test_every_format_is_in_the_help_and_in_the_docs() -> None:
+    docs = (ROOT / "docs" / "data.md").read_text(encoding="utf-8")
+    for name in formats.FORMATS:
+        assert f"[bold]{name}[/]:" in importing.HELP and f"\n| `{name}` |" in docs, name

@@ -16,23 +16,22 @@ from rich.console import Console
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 
-from flows import report
+from flows import artifacts
 from tests import image_sets
 from tests.conftest import ROOT, tiny
 from tests.test_registry import GOOD, SCRIPT
 from vlv import config, registry, tracking
 from vlv.config import Paths
 from vlv.data.import_.importer import Wanted, import_images
-from vlv.data.import_.recipe import Recipe
-from vlv.data.import_.splits import Shares
-from vlv.evaluation import intervals
-from vlv.evaluation.reconstruct import psnr_of_each
-from vlv.evaluation.sentences import SentenceModel, similarity
+from vlv.data.import_.recipe import Recipe, Shares
+from vlv.evaluation import intervals, metrics
+from vlv.evaluation.metrics import Compared
+from vlv.evaluation.similarity import SentenceModel, cosines
 from vlv.io import files
+from vlv.io.tables import numbers
 from vlv.models.autoencoder import Autoencoder
 from vlv.models.captioner import Captioner
 from vlv.registry.policy import below_thresholds
-from vlv.registry.versions import numbers
 from vlv.stages import evaluate
 
 THINGS = ["bicycle", "bridge", "candle", "castle", "guitar", "harbour", "kitchen", "mountain", "teapot", "violin"]
@@ -93,7 +92,7 @@ def _trained(paths: Paths, sentence_model: Path) -> config.Config:
     raw["data"]["source"] = {"kind": "imported", "description": "own photographs"}
     raw["evaluate"] |= {
         "captions": 10, "reconstructions": 8, "steps": 2, "feature_network": None,
-        "sentence_model": str(sentence_model), "untrained_floor": False,
+        "sentence_model": str(sentence_model), "untrained_baseline": False,
     }  # fmt: skip
     settings = config.Config.model_validate(raw)
     Autoencoder.build(settings, paths).save(paths.work / "stage1" / "model", settings, paths, "card")
@@ -120,13 +119,16 @@ def register(project: Paths, tmp_path: Path) -> Register:
     (tmp_path / "weights").mkdir()
     (tmp_path / "weights" / "word.txt").write_text("cat")
 
+    with tracking.start_run(project, "register", system_metrics=False) as run:
+        run_id = run.wait_for_id()
+
     def make(name: str, figures: dict[str, Any]) -> int:
         files.write_json(tmp_path / "evaluate.json", figures)
         return registry.register(
             project, name, dataclasses.replace(registry.CAPTIONER, script=tmp_path / "script.py"),
             model_folder=tmp_path / "weights", example={"image": [base64.b64encode(b"picture").decode()]},
             evaluation=tmp_path / "evaluate.json", tags={**GOOD, "profile": "photos"},
-            run_id=tracking.create_parent_run(project, "register"), code=package,
+            run_id=run_id, code=package,
         )  # fmt: skip
 
     return make
@@ -139,10 +141,10 @@ def test_evaluation_names_a_model_that_is_not_better_than_shuffled(project: Path
     assert "scenes" not in measured
     versus = measured["captions"]["versus_shuffled"]["similarity"]
     assert versus["low"] <= 0 <= versus["high"] and versus["better"] is False
-    shuffled = measured["captions"]["floors"]["shuffled"]["similarity"]
+    shuffled = measured["captions"]["baselines"]["shuffled"]["similarity"]
     assert versus["difference"] == pytest.approx(measured["captions"]["similarity"] - shuffled, abs=2e-4)
     drawn = measured["reconstruction"]
-    gained = drawn["psnr"] - drawn["floors"]["shuffled"]["psnr"]
+    gained = drawn["psnr"] - drawn["baselines"]["shuffled"]["psnr"]
     assert drawn["versus_shuffled"]["psnr"]["difference"] == pytest.approx(gained, abs=2e-3)
     assert registry.lineage(project)["not_better_than_shuffled"].startswith("captions.similarity")
 
@@ -152,9 +154,9 @@ def test_with_a_known_truth_it_is_named_and_refused_as_well(scene_data: Path, se
     paths = _bare(scene_data.parent)
     measured = evaluate.run(_trained(paths, sentence_model), paths)
     versus = measured["scenes"]["versus_shuffled"]
-    assert set(versus) == {name for name in measured["scenes"]["floors"]["shuffled"] if name != "n"}
+    assert set(versus) == {name for name in measured["scenes"]["baselines"]["shuffled"] if name != "n"}
     for name, one in versus.items():
-        gained = measured["scenes"][name] - measured["scenes"]["floors"]["shuffled"][name]
+        gained = measured["scenes"][name] - measured["scenes"]["baselines"]["shuffled"][name]
         assert one["difference"] == pytest.approx(gained, abs=2e-4)
     assert {"scenes.object_recall", "scenes.exact_match"} <= set(measured["not_better_than_shuffled"])
     assert set(measured["reconstruction"]["versus_shuffled"]) == {"psnr", *versus}
@@ -165,13 +167,13 @@ def test_with_a_known_truth_it_is_named_and_refused_as_well(scene_data: Path, se
 
 @pytest.mark.slow
 def test_the_report_says_so(project: Paths) -> None:
-    (sentence, *_) = report.not_better_than_shuffled(project)
+    (sentence, *_) = artifacts.not_better_than_shuffled(project)
     assert sentence.startswith("captions.similarity is not clearly better than on shuffled images: 0.")
     written = StringIO()
-    report.show(Console(file=written, width=200), project, {"evaluate": "ran"}, 1.0, "")
+    artifacts.show(Console(file=written, width=200), project, {"evaluate": "ran"}, 1.0, "")
     assert sentence in written.getvalue()
-    assert report.figures(project)[0].title == "10 captions against the true ones"
-    assert report.not_better_than_shuffled(Paths(project.root / "nothing here")) == []
+    assert artifacts.figures(project)[0].title == "10 captions against the true ones"
+    assert artifacts.not_better_than_shuffled(Paths(project.root / "nothing here")) == []
 
 
 @pytest.mark.slow
@@ -181,7 +183,7 @@ def test_no_profile_name_promotes_it(project: Paths, register: Register) -> None
         registry.promote(project, "unlearned")
     (why,) = (one for one in refused.value.failures if "captions." in one)
     assert why.startswith("thresholds: captions.versus_shuffled.similarity.low is -")
-    assert "more than 0 is asked for (the captions are not clearly nearer to their own image's true caption" in why
+    assert "must be more than 0 (the captions are not clearly nearer to their own image's true caption" in why
     assert not any(one.startswith(("data", "git", "serving", "champion")) for one in refused.value.failures)
 
 
@@ -190,12 +192,16 @@ def _learned(sentence_model: Path) -> dict[str, Any]:
     rng = np.random.default_rng(0)
     true = [rng.integers(0, 256, (8, 8, 3), np.uint8) for _ in range(12)]
     drawn = [np.clip(one + rng.normal(0, 9, one.shape), 0, 255).astype(np.uint8) for one in true]
-    near = (intervals.means(psnr_of_each(shown, true)) for shown in (drawn, [*drawn[1:], drawn[0]]))
-    psnr = intervals.difference(*near).to_json()
-    return {
-        "captions": similarity(SentenceModel(sentence_model), captions(12), captions(12)),
-        "reconstruction": {"psnr": 29.0, intervals.KEY: {"psnr": psnr}},
-    }
+    near = (Compared(12, drawn=shown, true=true) for shown in (drawn, intervals.shuffled(drawn)))
+    own = (
+        Compared(12, cosines=values) for values in cosines(SentenceModel(sentence_model), captions(12), captions(12))
+    )
+    return {"captions": _measured("captions", *own), "reconstruction": _measured("reconstruction", *near)}
+
+
+def _measured(part: metrics.Part, ours: Compared, shuffled: Compared) -> dict[str, Any]:
+    versus = intervals.versus(metrics.terms(part, ours), metrics.terms(part, shuffled))
+    return {**metrics.measure(part, ours), intervals.KEY: versus}
 
 
 @pytest.mark.slow
@@ -208,7 +214,9 @@ def test_a_model_that_did_learn_becomes_champion_without_a_known_truth(
     assert registry.promote(project, "learned").version == 1  # all gates of the shipped policy, serving among them
     figures["captions"]["similarity"] -= 0.1
     register("learned", figures)
-    with pytest.raises(registry.PromotionRefused, match=r"champion: captions\.similarity is 0\.9, at least 0\.99"):
+    with pytest.raises(
+        registry.PromotionRefused, match=r"champion: captions\.similarity is 0\.9, but must be at least 0\.99"
+    ):
         registry.promote(project, "learned")
 
 

@@ -1,4 +1,4 @@
-"""What a training costs is summed over its sessions, and counted rather than guessed."""
+"""The costs of a training are counted, and summed over its sessions."""
 
 import time
 from pathlib import Path
@@ -11,7 +11,6 @@ from vlv.config import Compute
 from vlv.io import files
 from vlv.io.stopping import Stopped
 from vlv.training import ledger, loop
-from vlv.training.energy import EnergyMeter
 
 
 def test_sessions_add_up_and_operations_are_counted(tmp_path: Path) -> None:
@@ -31,7 +30,7 @@ def test_sessions_add_up_and_operations_are_counted(tmp_path: Path) -> None:
 
 
 def test_counting_changes_no_bit(tmp_path: Path) -> None:
-    """A run that is resumed does not count again, so counting must not show in its weights."""
+    """A resumed training does not count again, so counting must not change its weights."""
     counted, not_counted = _Regression(), _Regression()
     loop.train(counted, _batches, SETTINGS, tmp_path / "counted", "same")
     files.write_json(tmp_path / "not" / ledger.NAME, {"flops_per_step": 1})
@@ -41,32 +40,12 @@ def test_counting_changes_no_bit(tmp_path: Path) -> None:
 
 
 def test_money_and_utilisation_need_a_price_and_a_peak(tmp_path: Path) -> None:
-    sums = {
-        "sessions": 1, "device_seconds": 7200.0, "samples": 10, "flops": 36_000, "flops_per_step": 1,
-        "energy_joules": None,
-    }  # fmt: skip
+    sums = {"sessions": 1, "device_seconds": 7200.0, "samples": 10, "flops": 36_000, "flops_per_step": 1}
     files.write_json(tmp_path / ledger.NAME, sums)
     unpriced = ledger.costs(tmp_path, Compute())
-    assert unpriced["money"] is unpriced["utilisation"] is unpriced["energy_joules"] is None
+    assert unpriced["money"] is unpriced["utilisation"] is None
     priced = ledger.costs(tmp_path, Compute(price_per_device_hour=1.5, peak_flops=10.0))
     assert (priced["money"], priced["utilisation"]) == (3.0, 0.5)
-
-
-def test_energy_is_read_from_the_kernel_s_counters_across_their_wrap(tmp_path: Path) -> None:
-    zone = tmp_path / "intel-rapl:0"
-    zone.mkdir()
-    (zone / "max_energy_range_uj").write_text("10000000")
-    (zone / "energy_uj").write_text("9000000")
-    meter = EnergyMeter(tmp_path)
-    (zone / "energy_uj").write_text("2000000")
-    assert meter.joules() == pytest.approx(3.0)
-    (zone / "energy_uj").write_text("2500000")
-    assert meter.joules() == pytest.approx(3.5)
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU may count its energy")
-def test_without_counters_no_energy_is_claimed(tmp_path: Path) -> None:
-    assert EnergyMeter(tmp_path / "none").joules() is None
 
 
 def test_the_ledger_counts_every_device(tmp_path: Path) -> None:

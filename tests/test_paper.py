@@ -6,7 +6,7 @@ import torch
 from tests.conftest import profile
 from vlv import config
 from vlv.config import Paths
-from vlv.models import build as pretrained
+from vlv.models import language_model
 from vlv.models.autoencoder import Autoencoder
 
 
@@ -40,7 +40,7 @@ def test_it_instantiates_at_full_size_on_the_meta_device(paths: Paths) -> None:
 def test_the_language_models_take_their_full_size_too(name: str, billions: float, paths: Paths) -> None:
     random = {"weights": "random", "architecture": f"configs/architectures/qwen2.5-{name}"}
     with torch.device("meta"):
-        model = pretrained.language_model_alone(profile("paper").language_model.model_copy(update=random), paths)
+        model = language_model.build(profile("paper").language_model.model_copy(update=random), paths)
     assert round(millions(model) / 1e3, 2) == billions
 
 
@@ -58,7 +58,7 @@ def test_sdxl_takes_its_full_size(paths: Paths) -> None:
 @pytest.mark.parametrize("t5", [False, True])
 def test_sd35_takes_its_full_size(paths: Paths, t5: bool) -> None:
     settings = _at_random("sd35")
-    settings = settings.model_copy(update={"decoder": settings.decoder.model_copy(update={"use_t5": t5})})
+    settings = settings.model_copy(update={"decoder": settings.decoder.model_copy(update={"options": {"use_t5": t5}})})
     with torch.device("meta"):
         model = Autoencoder.build(settings, paths)
     # Published size: 2.5 B, with the table of positions, which is stored but no parameter. T5-XXL's encoder: 4.8 B.

@@ -1,4 +1,4 @@
-"""Two processes (gloo) against one: the same samples, draws and losses; either goes on where the other stopped."""
+"""Two processes (gloo) and one have the same samples, random numbers and losses; each resumes what the other began."""
 
 import json
 import subprocess
@@ -16,8 +16,8 @@ from tests.train_together import STEPS, train
 from vlv import rng as draws
 from vlv.config import ConfigError, Timesteps
 from vlv.io import files
-from vlv.models.decoders.timesteps import draw_timesteps
-from vlv.training import runtime, workers
+from vlv.models.decoders.base import draw_timesteps
+from vlv.training import distributed, launch
 
 LAUNCH = ROOT / "configs" / "accelerate"
 pytestmark = pytest.mark.training
@@ -27,7 +27,7 @@ TOLERANCE = 1e-5
 def _together(plan: str, jobs: list[dict[str, Any]]) -> None:
     """Run trainings in as many processes as a shipped file says."""
     command = [sys.executable, "-m", "tests.train_together", json.dumps(jobs, default=str)]
-    workers.run(command, LAUNCH / f"{plan}.yaml", ROOT, projects.environment(OMP_NUM_THREADS="1"))
+    launch.run(command, LAUNCH / f"{plan}.yaml", ROOT, projects.environment(OMP_NUM_THREADS="1"))
 
 
 def _losses(folder: Path) -> list[float]:
@@ -58,7 +58,7 @@ def data(_scene_data: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def alone(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Both stages in one process; and Stage 1 stopped there in its third step, for others to go on."""
+    """Both stages in one process, and a Stage 1 that stopped in its third step, for several processes to resume."""
     folder = tmp_path_factory.mktemp("alone")
     for stage in ("stage1", "stage2"):
         train(stage, data, folder / stage)
@@ -90,27 +90,27 @@ def test_ddp_is_one_process(ddp: Path, alone: Path, stage: str) -> None:
 
 
 def test_counting_operations_changes_no_bit(alone: Path, data: Path, tmp_path: Path) -> None:
-    """A training killed before its first checkpoint begins anew and does not count again."""
+    """A training that was killed before its first checkpoint begins anew, but does not count again."""
     counted = files.read_json(alone / "stage2" / "ledger.json")["flops_per_step"]
     files.write_json(tmp_path / "ledger.json", {"flops_per_step": counted})
     train("stage2", data, tmp_path)
     assert files.read_json(tmp_path / "trained.json") == files.read_json(alone / "stage2" / "trained.json")
 
 
-def test_more_processes_go_on_where_one_stopped(ddp: Path, alone: Path) -> None:
+def test_more_processes_resume_what_one_began(ddp: Path, alone: Path) -> None:
     assert not (alone / "stopped" / "trained.json").exists()
     _same(ddp / "from_one", alone / "stage1")
 
 
-def test_one_process_goes_on_where_more_stopped(ddp: Path, alone: Path, data: Path, tmp_path: Path) -> None:
-    """One of the two was told to stop; both saved and left at the end of that very step."""
+def test_one_process_resumes_what_more_began(ddp: Path, alone: Path, data: Path, tmp_path: Path) -> None:
+    """One of the two was asked to stop. Both saved and left at the end of that step."""
     assert max(_samples(ddp / "stopped")) == 3
     _continue(ddp / "stopped", tmp_path / "from_two")
     train("stage1", data, tmp_path / "from_two")
     _same(tmp_path / "from_two", alone / "stage1")
 
 
-def test_sharded_parameters_train_save_and_go_on_the_same(ddp: Path, alone: Path, data: Path, tmp_path: Path) -> None:
+def test_sharded_parameters_train_save_and_resume_the_same(ddp: Path, alone: Path, data: Path, tmp_path: Path) -> None:
     """FSDP 2: Stage 2 from the start; Stage 1, its activations recomputed, from what DDP left."""
     _continue(ddp / "stopped", tmp_path / "from_ddp")
     _together("cpu-fsdp", [
@@ -121,7 +121,7 @@ def test_sharded_parameters_train_save_and_go_on_the_same(ddp: Path, alone: Path
     _same(tmp_path / "from_ddp", alone / "stage1")
 
 
-def test_draws_do_not_depend_on_who_draws() -> None:
+def test_random_numbers_do_not_depend_on_the_number_of_processes() -> None:
     stratified = Timesteps(mode="stratified", high_noise_share=0.5)
 
     def drawn(part: int, parts: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -136,12 +136,14 @@ def test_draws_do_not_depend_on_who_draws() -> None:
         for i, tensor in enumerate(whole):
             assert torch.equal(torch.cat([piece[i] for piece in pieces]), tensor)
     plain = torch.Generator().manual_seed(7)
-    assert torch.equal(torch.randn(12, 3, 5, generator=plain), whole[0]), "one process draws as it always did"
+    assert torch.equal(torch.randn(12, 3, 5, generator=plain), whole[0]), (
+        "one process gets the numbers of a plain generator"
+    )
 
 
-def test_a_batch_that_cannot_be_shared_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_batch_that_cannot_be_divided_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "3")
     from tests.test_training import SETTINGS
 
-    with pytest.raises(ConfigError, match="8 samples of a step cannot be shared evenly by 3 processes"):
-        runtime.share(SETTINGS, SETTINGS.batch_size)
+    with pytest.raises(ConfigError, match="8 samples of a step cannot be divided evenly among 3 processes"):
+        distributed.micro_batch_size(SETTINGS, SETTINGS.batch_size)

@@ -1,4 +1,4 @@
-"""Own photographs: from a folder of pictures with sentences to registered models, with no edit by hand."""
+"""Your own photographs: from a folder of pictures and sentences to registered models, without an edit by hand."""
 
 from pathlib import Path
 
@@ -11,7 +11,7 @@ from tests.conftest import ROOT
 from vlv import stages
 from vlv.cli import main as cli
 from vlv.config import Paths
-from vlv.io import files, pinning
+from vlv.io import files, pin
 
 COUNT = 64
 
@@ -54,7 +54,7 @@ def test_from_the_import_to_the_registry(
         assert _vlv("run", stage) == 0, stage
     assert (project / "params.yaml").read_bytes() == (project / "configs" / f"{profile}.yaml").read_bytes()
 
-    made_from = pinning.made_from(Paths(project))
+    made_from = pin.made_from(Paths(project))
     assert made_from is not None and made_from["description"] == "summer of 2025"
     rows = pq.read_table(project / "data" / "train" / "samples.parquet").to_pylist()
     assert {row["status"] for row in rows} == {"success"}, "nothing of an ordinary set is left out"
@@ -64,7 +64,7 @@ def test_from_the_import_to_the_registry(
     assert validated["success"] and sum(validated["samples"].values()) == COUNT
     assert trained["captions_cut"] == 0
     assert -1 <= evaluated["captions"]["similarity"] <= 1
-    assert {"ceiling", "vae", "floors"} <= set(evaluated["reconstruction"])
+    assert {"upper_bound", "vae", "baselines"} <= set(evaluated["reconstruction"])
     assert registered["stage1"]["version"] == registered["stage2"]["version"] == 1
     assert [path for path in _promised() if not (project / path).exists()] == [], "dvc repro would miss them"
 

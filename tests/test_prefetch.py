@@ -1,4 +1,4 @@
-"""Items fetched ahead are the same items, and an error comes in its turn."""
+"""Prefetching keeps the items and their order, and an error comes at its place."""
 
 import itertools
 import threading
@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from vlv.data.prefetch import prefetched
+from vlv.data.loader import prefetched
 
 GPU = torch.device("cuda")  # only its name is asked for
 
@@ -36,7 +36,7 @@ def test_all_items_in_their_order_to_the_end(device: torch.device) -> None:
     assert (threading.get_ident() in source.threads) == (device.type == "cpu")
 
 
-def test_a_few_ahead_and_no_more() -> None:
+def test_at_most_two_items_are_fetched_ahead() -> None:
     source = _Source()
     items = prefetched(iter(source), GPU)
     assert [next(items) for _ in range(5)] == [0, 1, 2, 3, 4]

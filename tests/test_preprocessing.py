@@ -17,19 +17,17 @@ from torch import nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 
 from tests.conftest import profile
-from vlv import config
+from vlv import config, inference
 from vlv.config import Paths
 from vlv.convert import release
 from vlv.data.import_.importer import Wanted, import_images
-from vlv.data.import_.recipe import Recipe
-from vlv.data.import_.splits import Shares
+from vlv.data.import_.recipe import Recipe, Shares
 from vlv.data.loader import ShardLoader
 from vlv.io import images
 from vlv.io.preprocessing import Preprocessing
-from vlv.models import saved as folders
+from vlv.models import saved
 from vlv.models.autoencoder import Autoencoder
 from vlv.models.captioner import Captioner
-from vlv.stages import use
 
 SQUARE, TOWER = 48, 64
 
@@ -86,7 +84,7 @@ def _save(settings: config.Config, paths: Paths, place: Path) -> tuple[Path, Pat
     bundles = []
     for kind in (Autoencoder, Captioner):
         kind.build(settings, paths).save(place / kind.__name__, settings, paths, "card")
-        folders.bundle(place / kind.__name__, paths, place / f"{kind.__name__}-bundle")
+        saved.bundle(place / kind.__name__, paths, place / f"{kind.__name__}-bundle")
         bundles.append(place / f"{kind.__name__}-bundle")
     return bundles[0], bundles[1]
 
@@ -102,8 +100,7 @@ def _serve(model: Any, folder: Path, photo: Path, **params: Any) -> None:
 def test_a_picture_reaches_the_vision_tower_as_in_training(
     resize: str, photo: Path, paths: Paths, tmp_path: Path
 ) -> None:
-    from vlv.serving.autoencoder_model import AutoencoderModel
-    from vlv.serving.captioner_model import CaptionerModel
+    from vlv.registry.serving import AutoencoderModel, CaptionerModel
 
     settings = _settings(resize)
     loaded = _trained_on(photo, settings, tmp_path / "data")
@@ -112,8 +109,8 @@ def test_a_picture_reaches_the_vision_tower_as_in_training(
         Autoencoder.build(settings, paths).encoder.features(loaded)
     assert training[0].shape == (1, 3, TOWER, TOWER)
     with _seen() as seen:
-        use.caption_folder(paths, photo, tmp_path / "captions.json", str(captioner), {"max_tokens": 2})
-        use.reconstruct_folder(paths, photo, tmp_path / "drawn", steps=1, guidance=1.0, model=str(autoencoder))
+        inference.caption_folder(paths, photo, tmp_path / "captions.json", str(captioner), {"max_tokens": 2})
+        inference.reconstruct_folder(paths, photo, tmp_path / "drawn", steps=1, guidance=1.0, model=str(autoencoder))
         _serve(CaptionerModel(), captioner, photo)
         _serve(AutoencoderModel(), autoencoder, photo, steps=1, guidance=1.0)
     assert len(seen) == 4

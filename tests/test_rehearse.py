@@ -1,4 +1,4 @@
-"""The rehearsal: real steps, a real checkpoint, memory that is measured and forecast alike."""
+"""The rehearsal: real steps, a real checkpoint, and memory that is measured and compared with the forecast."""
 
 import json
 import multiprocessing
@@ -15,29 +15,28 @@ from tests.conftest import profile
 from vlv import config
 from vlv.cli import main as cli
 from vlv.config import Paths
-from vlv.models import build as pretrained
+from vlv.models import language_model
 from vlv.models.captioner import Captioner
-from vlv.plan import rehearsal
-from vlv.plan.memory import PeakMemory
+from vlv.plan.rehearse import PeakMemory, TooLargeError, rehearse
 
-pytestmark = pytest.mark.training  # real steps, some in a process of their own
+pytestmark = pytest.mark.training  # real steps, some of them in a process of their own
 MIB = 2**20
 T = TypeVar("T")
 
 
 def _alone(function: Callable[..., T], *arguments: object) -> T:
-    """In a process of its own: one that has run other tests uses their memory again, or gives it back meanwhile."""
+    """Call the function in a process of its own, because this one may reuse or free memory of other tests."""
     with multiprocessing.get_context("spawn").Pool(1) as process:
         return process.apply(function, arguments)
 
 
 def _peaks(file: Path) -> tuple[int, int]:
-    """Bytes that this process held at most: with 200 MiB at a time, twice, and with 300 MiB of `file` mapped."""
+    """Measure two peaks in bytes: of 200 MiB that are allocated and freed twice, and of 300 MiB of `file` mapped."""
     with PeakMemory(torch.device("cpu")) as memory:
         memory.restart()
         for _ in range(2):
             held = torch.ones(200 * MIB // 4)
-            time.sleep(0.1)  # it is looked for every hundredth of a second
+            time.sleep(0.1)  # memory is measured every hundredth of a second
             del held
         most = memory.peak()
         memory.restart()
@@ -46,7 +45,7 @@ def _peaks(file: Path) -> tuple[int, int]:
         return most, memory.peak()
 
 
-def test_the_peak_is_what_was_held_at_once_and_not_what_was_mapped(tmp_path: Path) -> None:
+def test_the_peak_counts_what_is_held_at_once_and_not_what_is_mapped(tmp_path: Path) -> None:
     file = tmp_path / "weights.bin"
     file.write_bytes(bytes(300 * MIB))
     held, mapped = _alone(_peaks, file)
@@ -56,7 +55,7 @@ def test_the_peak_is_what_was_held_at_once_and_not_what_was_mapped(tmp_path: Pat
 
 @pytest.fixture
 def wide(tmp_path: Path) -> Callable[[int], config.Config]:
-    """The smoke profile with a language model of so wide a vocabulary, known by its architecture alone."""
+    """The smoke profile with a language model of a given vocabulary that has an architecture but no weights."""
 
     def settings(words: int) -> config.Config:
         Qwen2Config(
@@ -76,24 +75,27 @@ def test_two_steps_of_stage_2_take_the_memory_that_was_forecast(
 ) -> None:
     settings = wide(100_000)
     stage2 = settings.stage2.model_copy(update={"learn": learn, "max_caption_tokens": 200})
-    done = _alone(rehearsal.stage2, settings.model_copy(update={"stage2": stage2}), paths, 2)
+    done = _alone(rehearse, settings.model_copy(update={"stage2": stage2}), paths, "stage2", 2)
     assert done.peak == pytest.approx(done.expected, rel=0.15)
     learned = 60 * 12 * 1_000_000 if learn == "mlp+llm" else 0  # 60 M parameters with AdamW's two averages
     assert learned < done.checkpoint < learned + 30_000_000
     assert min(done.build, done.first_step, done.second_step) > 0
 
 
-def test_a_model_without_words_learns_but_does_not_write(wide: Callable[[int], config.Config], paths: Paths) -> None:
+def test_a_model_without_tokenizer_learns_but_does_not_write(
+    wide: Callable[[int], config.Config], paths: Paths
+) -> None:
     settings = wide(1000)
-    model, words = pretrained.language_model(settings.language_model, paths)
-    assert words is None and model.config.vocab_size == 1000
+    section = settings.language_model
+    assert language_model.tokenizer(section, paths) is None
+    assert language_model.build(section, paths).config.vocab_size == 1000
     with pytest.raises(ValueError, match="without a tokenizer"):
         Captioner.build(settings, paths).write(None)
 
 
-def test_what_will_not_fit_is_not_begun(wide: Callable[[int], config.Config], paths: Paths) -> None:
-    with pytest.raises(rehearsal.TooLargeError, match=r"stage2 needs \d+.* GiB for 1 samples.*vlv plan"):
-        rehearsal.stage2(wide(200_000_000), paths)
+def test_a_step_that_will_not_fit_is_not_started(wide: Callable[[int], config.Config], paths: Paths) -> None:
+    with pytest.raises(TooLargeError, match=r"stage2 needs \d+.* GiB for 1 samples.*vlv plan"):
+        rehearse(wide(200_000_000), paths, "stage2")
 
 
 def test_the_command_rehearses_both_stages_with_changed_values(

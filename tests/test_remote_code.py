@@ -21,8 +21,8 @@ import json, sys
 from pathlib import Path
 from vlv import config
 from vlv.config import Paths
-from vlv.evaluation.sentences import SentenceModel
-from vlv.models import loading, build as pretrained
+from vlv.evaluation.similarity import SentenceModel
+from vlv.models import build, language_model
 from vlv.io.preprocessing import Preprocessing
 
 root, paths, outcomes = Path(sys.argv[1]), Paths(Path.cwd()), {}
@@ -40,10 +40,10 @@ for kind in ("known", "unknown"):
     for weights in ("pretrained", "random"):
         update = {"pretrained": str(root / kind / "language_model"), "architecture": None, "weights": weights}
         section = settings.language_model.model_copy(update=update)
-        note(f"{kind} language model, {weights}", lambda: pretrained.language_model_alone(section, paths))
+        note(f"{kind} language model, {weights}", lambda: language_model.build(section, paths))
         encoder = settings.encoder.model_copy(update=update | {"pretrained": str(root / kind / "encoder")})
-        note(f"{kind} encoder, {weights}", lambda: pretrained.encoder(encoder, seen, 8, paths, None))
-    note(f"{kind} tokenizer", lambda: loading.tokenizer(root / kind / "language_model"))
+        note(f"{kind} encoder, {weights}", lambda: build.encoder(encoder, seen, 8, paths, None))
+    note(f"{kind} tokenizer", lambda: build.tokenizer(root / kind / "language_model"))
     note(f"{kind} sentence model", lambda: SentenceModel(root / kind / "language_model"))
 print(json.dumps(outcomes))
 """

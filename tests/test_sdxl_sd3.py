@@ -8,18 +8,16 @@ import pytest
 import torch
 import torch.nn.functional as F
 from diffusers import StableDiffusion3Pipeline, StableDiffusionXLPipeline
-from pydantic import ValidationError
 
 from tests import small_models
 from tests.conftest import profile
 from vlv import config
-from vlv.config import Paths, Timesteps
+from vlv.config import ConfigError, Paths, Timesteps, trainable
 from vlv.io.preprocessing import Preprocessing
-from vlv.models import build as pretrained
-from vlv.models import loading
+from vlv.models import build
 from vlv.models.autoencoder import Autoencoder, Stage1Batch
 from vlv.models.captioner import Captioner
-from vlv.models.conditioners.base import Context
+from vlv.models.decoders.base import Context
 from vlv.models.decoders.sd3 import SD3Decoder
 from vlv.models.decoders.sdxl import SDXLDecoder
 from vlv.models.decoders.stable_diffusion import StableDiffusionDecoder
@@ -149,11 +147,11 @@ def test_latents_carry_shift_and_scale_of_the_vae_config(kind: str) -> None:
     model = _small(kind)
     batch = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8)
     with torch.no_grad():
-        mean, spread = model.encode(batch)
+        mean, std = model.encode(batch)
         posterior = model.vae.encode(batch.float() / 127.5 - 1).latent_dist
         shift, scale = (0.0, 0.13025) if kind == "sdxl" else (0.0609, 1.5305)
         assert torch.allclose(mean, (posterior.mean - shift) * scale)
-        assert torch.allclose(spread, posterior.std * scale)
+        assert torch.allclose(std, posterior.std * scale)
 
 
 # -- drawing ---------------------------------------------------------------------------------------------
@@ -221,7 +219,7 @@ def test_200_steps_on_four_pictures_lower_the_loss_and_move_nothing_frozen(kind:
     pictures = _pictures()
     with torch.no_grad():
         scale = model.vae.config.scaling_factor / model.encode(pictures)[0].std().item()
-        model.vae.register_to_config(scaling_factor=scale)  # an untrained VAE's latents, brought to spread 1
+        model.vae.register_to_config(scaling_factor=scale)  # an untrained VAE's latents, brought to std 1
         latents = model.encode(pictures)[0]
         context = model.embed_text([f"A {name} is at the center." for name in ("dog", "cat", "rose", "pizza")])
 
@@ -235,8 +233,8 @@ def test_200_steps_on_four_pictures_lower_the_loss_and_move_nothing_frozen(kind:
     smoke = profile("smoke")
     torch.manual_seed(0)
     section = smoke.encoder.model_copy(update={"weights": "pretrained"})
-    encoder = pretrained.encoder(section, Preprocessing(16, "bicubic", 64), model.conditioner.width, paths, None)
-    encoder.set_learning("queries_only")
+    encoder = build.encoder(section, Preprocessing(16, "bicubic", 64), model.conditioner.width, paths, None)
+    encoder.set_trainable(trainable.STAGE1["queries_only"])
     settings = smoke.stage1.model_copy(update={"timesteps": HIGH_NOISE, "draws_per_image": 1})
     autoencoder = Autoencoder(encoder, model, settings)
     with torch.no_grad():
@@ -267,7 +265,7 @@ def test_a_folder_in_diffusers_form_is_loaded_and_serves_both_stages(kind: str, 
     model = _small(kind)
     folder = small_models.save(model, tmp_path / "decoder")
     section = _section(kind, folder)
-    again = pretrained.decoder(section, paths)
+    again = build.decoder(section, paths)
     embeddings = torch.randn(2, 9, 40)
     latents = torch.randn(2, 4, 16, 16)
     draws = [torch.Generator().manual_seed(1) for _ in range(2)]
@@ -297,9 +295,11 @@ def test_what_does_not_belong_together_is_refused_before_work_starts(paths: Path
     with pytest.raises(ValueError, match="width 32, but the text side gives 24"):
         StableDiffusionDecoder(other.vae, other.unet, sd.conditioner, sd.scheduler, image_size=32)
     folder = small_models.save(small_models.sd3(), tmp_path / "decoder")
-    with pytest.raises(loading.PretrainedError, match="image_size 30 must be a multiple of 4"):
-        pretrained.decoder(_section("sd3", folder, image_size=30), paths)
-    with pytest.raises(loading.PretrainedError, match="text_encoder_3"):
-        pretrained.decoder(_section("sd3", folder, use_t5=True), paths)
-    with pytest.raises(ValidationError, match="kind sdxl has no T5"):
-        _section("sdxl", folder, use_t5=True)
+    with pytest.raises(build.PretrainedError, match="image_size 30 must be a multiple of 4"):
+        build.decoder(_section("sd3", folder, image_size=30), paths)
+    with pytest.raises(build.PretrainedError, match="text_encoder_3"):
+        build.decoder(_section("sd3", folder, options={"use_t5": True}), paths)
+    with pytest.raises(ConfigError, match=r"decoder\.options\.use_t5: .* The options of kind sdxl: none"):
+        build.conditioner(_section("sdxl", folder, options={"use_t5": True}), paths)
+    with pytest.raises(ConfigError, match=r"decoder\.use_t5 is now decoder\.options\.use_t5"):
+        config.validate({"decoder": {"use_t5": True}}, "params.yaml")

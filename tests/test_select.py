@@ -1,4 +1,4 @@
-"""`vlv data select`: the paper's bounds, counted; subsets that lie within one another; flat memory."""
+"""`vlv data select`: the paper's bounds with counts, nested subsets, and memory that does not grow."""
 
 import json
 import shlex
@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from tests.conftest import ROOT
-from vlv.data.laion import download, subsets
+from vlv.data.laion import subsets
 from vlv.data.laion.criteria import Criteria
 from vlv.data.shards import DataError
 
@@ -48,7 +48,7 @@ def listed(output: Path, *names: str) -> pd.DataFrame:
     return pd.concat(pd.read_parquet(path) for name in names for path in sorted((output / name).glob("*.parquet")))
 
 
-def test_the_paper_s_bounds_to_the_edge(tmp_path: Path) -> None:
+def test_the_papers_bounds_are_exact(tmp_path: Path) -> None:
     cases = [  # width, height, watermark, the reason
         (513, 513, 0.49, None), (512, 2000, 0.1, "too_small"), (1026, 513, 0.0, None), (1027, 513, 0.0, "aspect"),
         (513, 1026, 0.0, None), (513, 1027, 0.0, "aspect"), (600, 600, 0.5, "watermark"),
@@ -126,7 +126,7 @@ def test_the_printed_commands_name_what_was_written(tmp_path: Path) -> None:
     assert "100: 100 URLs, 100 of them" in done.stdout and "0.3K: 300 URLs, 200 of them" in done.stdout
     assert "too_small" in done.stdout
     lines = done.stdout.replace("\\\n", " ").splitlines()
-    calls = [shlex.split(line) for line in lines if line.startswith(f"{download.ENVIRONMENT}/bin/img2dataset")]
+    calls = [shlex.split(line) for line in lines if line.startswith(f"{subsets.ENVIRONMENT}/bin/img2dataset")]
     assert len(calls) == 2
     for call, name in zip(calls, ("100", "0.3K"), strict=True):
         options = dict(word.removeprefix("--").split("=", 1) for word in call[1:])

@@ -1,4 +1,4 @@
-"""What Stage 2 may choose: what learns, how batches are made; each against the plain way."""
+"""The choices of Stage 2, each compared with the plain way: what is trained, and how batches are made."""
 
 from pathlib import Path
 
@@ -9,9 +9,9 @@ import torch.nn.functional as F
 
 from tests.conftest import profile
 from vlv import config
-from vlv.config import ConfigError, Paths
-from vlv.data import text
+from vlv.config import ConfigError, Paths, trainable
 from vlv.data.loader import Grouping, ShardLoader
+from vlv.models import caption_tokens
 from vlv.models.captioner import Captioner, Stage2Batch
 from vlv.models.saved import ModelFolderError
 from vlv.training import blocks
@@ -25,7 +25,7 @@ def _smoke(learn: str) -> config.Config:
 
 
 def _batch(captioner: Captioner, captions: list[str], pictures: bool = False) -> Stage2Batch:
-    ids, labels = text.collate(text.tokenize(captioner.tokenizer, captions, 64).ids, 0)
+    ids, labels = caption_tokens.collate(caption_tokens.tokenize(captioner.tokenizer, captions, 64).ids, 0)
     draw = torch.Generator().manual_seed(1)
     images = torch.randint(0, 256, (len(captions), 3, 64, 64), dtype=torch.uint8, generator=draw)
     context = None if pictures else torch.randn(len(captions), 8, 128, generator=draw)
@@ -58,7 +58,7 @@ def _learns_and_comes_back(learn: str, paths: Paths, folder: Path, pictures: boo
     return captioner, moved
 
 
-def test_adapters_learn_are_saved_alone_and_load_strictly(paths: Paths, tmp_path: Path) -> None:
+def test_adapters_are_trained_saved_alone_and_loaded_strictly(paths: Paths, tmp_path: Path) -> None:
     captioner, moved = _learns_and_comes_back("mlp+lora", paths, tmp_path / "model", pictures=False)
     assert any("lora_" in name for name in moved)
     assert all("lora_" in name or name.startswith("prefix.") for name in moved), "the language model itself moved"
@@ -84,7 +84,7 @@ def test_a_new_adapter_changes_nothing_and_an_unknown_target_is_refused(paths: P
         Captioner.build(settings.model_copy(update={"stage2": wrong}), paths)
 
 
-def test_the_encoder_learns_through_the_frozen_text_encoder_and_is_saved(paths: Paths, tmp_path: Path) -> None:
+def test_the_encoder_is_trained_through_the_frozen_text_encoder_and_saved(paths: Paths, tmp_path: Path) -> None:
     captioner, moved = _learns_and_comes_back("mlp+llm+encoder", paths, tmp_path / "model", pictures=True)
     assert {"encoder.queries", "prefix.positions"} <= moved
     assert any(name.startswith("encoder.florence.model.language_model.encoder") for name in moved)
@@ -170,8 +170,8 @@ def test_no_token_s_loss_depends_on_its_batch(paths: Paths, scene_data: Path) ->
                 for key, _ in pairs[i : i + size]:
                     contexts.setdefault(key, torch.randn(8, 128, generator=draw))
                 context = torch.stack([contexts[key] for key, _ in pairs[i : i + size]])
-                ids, labels = text.collate(
-                    text.tokenize(captioner.tokenizer, [c for _, c in pairs[i : i + size]], 64).ids, 0
+                ids, labels = caption_tokens.collate(
+                    caption_tokens.tokenize(captioner.tokenizer, [c for _, c in pairs[i : i + size]], 64).ids, 0
                 )
                 part = Stage2Batch(context, ids, labels)
                 with torch.no_grad():
@@ -198,10 +198,30 @@ def test_logits_equal_the_stock_model_on_the_same_embeddings(paths: Paths) -> No
     assert captioner(batch, GENERATOR).item() == pytest.approx(expected.item(), rel=1e-6)
 
 
-def test_features_are_cached_only_where_the_tower_is_frozen_and_the_encoder_learns() -> None:
+def test_features_are_cached_only_for_a_frozen_tower_and_a_trained_encoder() -> None:
     smoke = profile("smoke").model_dump(by_alias=True)
     smoke["stage2"] |= {"cache_features": True}
     with pytest.raises(ValueError, match="a frozen encoder's context is cached anyway"):
         config.Config.model_validate(smoke)
     smoke["stage2"] |= {"learn": "mlp+llm+encoder"}
     assert config.Config.model_validate(smoke).stage2.cache_features
+
+
+@pytest.mark.parametrize(("stage", "table"), [("stage1", trainable.STAGE1), ("stage2", trainable.STAGE2)])
+def test_every_row_of_the_table_is_a_choice_and_nothing_else_is(stage: str, table: dict[str, trainable.Parts]) -> None:
+    smoke = profile("smoke").model_dump(by_alias=True)
+    smoke["stage1"]["cache_features"] = False
+    for learn in table:
+        smoke[stage]["learn"] = learn
+        assert getattr(config.Config.model_validate(smoke), stage).trained_parts == table[learn]
+    smoke[stage]["learn"] = "everything"
+    with pytest.raises(ValueError, match=f"'everything' is not one of: {', '.join(table)}".replace("+", r"\+")):
+        config.Config.model_validate(smoke)
+
+
+def test_a_new_choice_is_one_row(paths: Paths, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The encoder and the prefix, with a frozen language model, is a choice that the table does not have."""
+    rows = {**trainable.STAGE2, "mlp+encoder": trainable.Parts({trainable.ENCODER})}
+    monkeypatch.setattr(trainable, "STAGE2", rows)
+    captioner = Captioner.build(_smoke("mlp+encoder"), paths)
+    assert {name.split(".")[0] for name, p in captioner.named_parameters() if p.requires_grad} == {"encoder", "prefix"}

@@ -1,4 +1,4 @@
-"""The loop: resumed to the same bits, one trainer in a folder, nothing frozen ever moves."""
+"""The loop: a resumed training ends in the same bits, a folder has one trainer, and frozen tensors never change."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -7,10 +7,12 @@ import pytest
 import torch
 from torch import nn
 
-from vlv.config import Optimizer, Training
+from tests.conftest import profile
+from vlv import config
+from vlv.config import ConfigError, Optimizer, Training
 from vlv.io import files
 from vlv.io.stopping import Stopped
-from vlv.training import checkpoint, loop, optim
+from vlv.training import loop, optim, state
 
 SETTINGS = Training(
     steps=12, batch_size=8, accumulation=2, precision="fp32", seed=3, checkpoint_every=4, log_every=2,
@@ -75,7 +77,19 @@ def test_stopped_anywhere_and_resumed_gives_the_same_bits(tmp_path: Path) -> Non
     assert not torch.equal(whole["body.weight"], start["body.weight"])
 
 
-def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(tmp_path: Path) -> None:
+def test_one_process_may_train_in_one_precision_after_another(tmp_path: Path) -> None:
+    """accelerate keeps the first precision of a process and refuses another one."""
+    trained = {}
+    for name, precision in (("first", "fp32"), ("half", "bf16"), ("again", "fp32")):
+        model = _Regression()
+        settings = SETTINGS.model_copy(update={"precision": precision})
+        loop.train(model, _batches, settings, tmp_path / name, "same")
+        trained[name] = model.body.weight
+    assert torch.equal(trained["first"], trained["again"])
+    assert not torch.equal(trained["first"], trained["half"])
+
+
+def test_a_damaged_checkpoint_is_skipped_for_the_one_before(tmp_path: Path) -> None:
     whole = _train(tmp_path / "whole")
     _train(tmp_path / "damaged")
     newest = sorted((tmp_path / "damaged" / "checkpoints").glob("step-*"))[-1]
@@ -86,7 +100,7 @@ def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(tmp_path: Path) 
 
 def test_a_foreign_checkpoint_is_refused(tmp_path: Path) -> None:
     _train(tmp_path)
-    with pytest.raises(checkpoint.CheckpointError, match="other settings"):
+    with pytest.raises(state.CheckpointError, match="other settings"):
         loop.train(_Regression(), _batches, SETTINGS, tmp_path, "other")
 
 
@@ -95,7 +109,7 @@ def test_a_second_trainer_is_told_who_holds_the_folder(tmp_path: Path) -> None:
         _train(tmp_path)
 
 
-def test_a_loss_that_is_no_number_stops_the_training(tmp_path: Path) -> None:
+def test_a_loss_that_is_not_finite_stops_the_training(tmp_path: Path) -> None:
     def poisoned(step: int) -> Iterator[torch.Tensor]:
         while True:
             yield torch.full((4, 4), float("nan"))
@@ -114,15 +128,22 @@ def test_a_step_that_does_not_fit_says_what_helps(tmp_path: Path) -> None:
     assert "gradient_checkpointing: true" in str(caught.value) and "frozen_precision" not in str(caught.value)
 
 
-def test_a_misspelt_group_is_refused() -> None:
+def test_a_group_that_fits_no_parameter_is_refused() -> None:
     settings = SETTINGS.optimizer.model_copy(update={"group_rates": {"haed": 1.0}})
     with pytest.raises(ValueError, match="haed"):
         optim.build(optim.trainable(_Regression()), settings)
 
 
-def test_groups_take_the_rate_of_their_longest_prefix() -> None:
+def test_the_longest_prefix_sets_the_learning_rate() -> None:
     settings = SETTINGS.optimizer.model_copy(update={"group_rates": {"head": 3e-2, "head.bias": 4e-2}})
     model = _Regression()
     rates = {id(p): g["lr"] for g in optim.build(optim.trainable(model), settings).param_groups for p in g["params"]}
     assert rates[id(model.body.weight)] == 1e-2
     assert rates[id(model.head.weight)] == 3e-2 and rates[id(model.head.bias)] == 4e-2
+
+
+def test_the_old_name_of_the_timeout_is_refused_with_the_new_one() -> None:
+    smoke = profile("smoke").model_dump(by_alias=True)
+    smoke["compute"]["patience_minutes"] = 5.0
+    with pytest.raises(ConfigError, match=r"compute\.patience_minutes is now compute\.timeout_minutes"):
+        config.validate(smoke, "params.yaml")

@@ -149,8 +149,7 @@ def test_reconstructions_of_odd_names_and_damaged_files(models: Path, tmp_path: 
 
 @pytest.mark.parametrize("content", [b"", b"DDS \x7c\0\0\0" + bytes(200), b"BLP2" + bytes(200), None])
 def test_a_served_model_names_the_row_that_it_cannot_read(content: bytes | None, models: Path, paths: Paths) -> None:
-    from vlv.serving.autoencoder_model import AutoencoderModel
-    from vlv.serving.captioner_model import CaptionerModel
+    from vlv.registry.serving import AutoencoderModel, CaptionerModel
 
     captioner, autoencoder = CaptionerModel(), AutoencoderModel()
     captioner.captioner = Captioner.load(models / "stage2", paths)

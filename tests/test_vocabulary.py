@@ -1,4 +1,4 @@
-"""Words that the language model cannot hold are counted, named, and stop the run."""
+"""Words that the tokenizer does not hold are counted and named, and they stop the run."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -14,7 +14,7 @@ from vlv.data import gate as expectations
 from vlv.data.shards import DataError
 from vlv.data.vocabulary import Vocabulary, coverage
 from vlv.data.writer import Record
-from vlv.models.loading import tokenizer
+from vlv.models.build import tokenizer
 
 GATE = tiny().data.gate
 ORDINARY = [
@@ -117,7 +117,7 @@ def test_the_gate_stops_captions_that_the_language_model_cannot_hold(scene_data:
     assert expectations.validate(scene_data, loose, ["train"], shipped()).success
 
 
-def test_few_captions_that_are_not_held_are_let_pass(scene_data: Path) -> None:
+def test_a_few_captions_that_are_not_held_pass(scene_data: Path) -> None:
     def edit(records: list[Record]) -> None:
         for i in (3, 9):  # 2 of 50: 4 %
             records[i] = replace(records[i], caption=ORDINARY[0])

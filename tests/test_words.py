@@ -1,4 +1,4 @@
-"""Captions that do not fit the language model are told at the import, and stop the run, with the profile that fits."""
+"""If captions do not fit the language model, the import warns, the run stops, and both name a profile that fits."""
 
 import re
 from pathlib import Path
@@ -75,7 +75,7 @@ def test_the_import_says_what_does_not_fit_and_which_profile_does(
     assert not verdict["success"] and held["captions_held"] == 0 < held["captions"] and held["unknown"]["in"] > 0
 
 
-def test_the_profile_that_fits_imports_in_silence_and_passes(
+def test_a_fitting_profile_imports_without_a_warning_and_passes(
     project: Paths, capsys: pytest.CaptureFixture[str]
 ) -> None:
     config.use(project, "mine")
@@ -86,13 +86,13 @@ def test_the_profile_that_fits_imports_in_silence_and_passes(
     assert verdict.success and verdict.vocabulary["train"].unknown == {}
 
 
-def test_a_language_model_that_is_not_here_is_said_to_be_unseen(
+def test_a_language_model_that_is_not_on_this_machine_is_reported(
     project: Paths, capsys: pytest.CaptureFixture[str]
 ) -> None:
     raw = yaml.safe_load(project.params.read_text())
     raw["language_model"]["pretrained"] = "hf:nobody/not-fetched@0000000000000000000000000000000000000000"
     _profile(project.params, raw, "tiny")
-    assert "is seen at the run: it is not here yet" in _import(project, capsys)
+    assert "is not here yet; the run will check whether it knows their words" in _import(project, capsys)
 
 
 def test_images_without_captions_need_no_words(project: Paths, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,4 +1,4 @@
-"""Trainings as the stages do them, small; run by test_parallel in one process, and as a program in several."""
+"""Small trainings as the stages run them. test_parallel runs them in one process, and as a program in several."""
 
 import json
 import os
@@ -12,21 +12,21 @@ import torch
 
 from tests.conftest import ROOT, profile
 from vlv.config import Paths
-from vlv.data import text
 from vlv.data.loader import ShardLoader
 from vlv.io import files
 from vlv.io.stopping import Stopped
+from vlv.models import caption_tokens
 from vlv.models.autoencoder import Autoencoder, Stage1Batch
 from vlv.models.captioner import Captioner, Stage2Batch
-from vlv.training import loop, runtime, workers
+from vlv.training import distributed, launch, loop
 
 STEPS, BATCH = 6, 8
 
 
 def train(stage: str, data: Path, folder: Path, *, accumulation: int = 1, stop_at: int = -1, **changes: Any) -> None:
-    """Stage 1 or 2 for 6 steps of 8 images, on its loss and the keys of its samples in `folder`.
+    """Train Stage 1 or 2 for 6 steps of 8 images; write its losses and the keys of its samples into `folder`.
 
-    `stop_at`: the last process asks itself to stop in this step; the training is then left saved.
+    `stop_at`: the last process asks itself to stop in this step. The training saves and leaves.
     """
     smoke = profile("smoke")
     section = getattr(smoke, stage).model_copy(
@@ -35,22 +35,21 @@ def train(stage: str, data: Path, folder: Path, *, accumulation: int = 1, stop_a
     settings = smoke.model_copy(update={stage: section})
     module: Autoencoder | Captioner = (Autoencoder if stage == "stage1" else Captioner).build(settings, Paths(ROOT))
     images = BATCH // (section.draws_per_image if stage == "stage1" else 1)
-    loader = ShardLoader(
-        data, "train", runtime.share(section, images) * runtime.world(), seed=section.seed, rank=runtime.rank(),
-        world_size=runtime.world(),
-    )  # fmt: skip
+    rank, world_size = distributed.rank(), distributed.world_size()
+    together = distributed.micro_batch_size(section, images) * world_size
+    loader = ShardLoader(data, "train", together, seed=section.seed, rank=rank, world_size=world_size)
 
     def batches(step: int) -> Iterator[Stage1Batch | Stage2Batch]:
         for count, batch in enumerate(loader.batches(step * accumulation)):
-            if step + count // accumulation == stop_at and runtime.rank() == runtime.world() - 1:
+            if step + count // accumulation == stop_at and rank == world_size - 1:
                 os.kill(os.getpid(), signal.SIGTERM)
             now = {"step": step + count // accumulation, "keys": batch.keys}
-            files.append_json_line(folder / f"samples-{runtime.rank()}.jsonl", now)
+            files.append_json_line(folder / f"samples-{rank}.jsonl", now)
             if isinstance(module, Autoencoder):
                 yield Stage1Batch(batch.images)
             else:
                 captions = [caption or "" for caption in batch.captions]
-                ids, labels = text.collate(text.tokenize(module.tokenizer, captions, 64).ids, 0)
+                ids, labels = caption_tokens.collate(caption_tokens.tokenize(module.tokenizer, captions, 64).ids, 0)
                 yield Stage2Batch(None, ids, labels, batch.images)
 
     def on_log(step: int, values: dict[str, float]) -> None:
@@ -60,13 +59,13 @@ def train(stage: str, data: Path, folder: Path, *, accumulation: int = 1, stop_a
         loop.train(module, batches, section, folder, stage, on_log)
     except Stopped:
         return
-    if runtime.is_main():
+    if distributed.is_main():
         learned = {name: p.detach().clone() for name, p in module.named_parameters() if p.requires_grad}
         files.write_json(folder / "trained.json", {name: float(p.double().norm()) for name, p in learned.items()})
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    with workers.reporting():
+    with launch.reporting():
         for job in json.loads(sys.argv[1]):
             train(job.pop("stage"), Path(job.pop("data")), Path(job.pop("folder")), **job)

@@ -160,7 +160,7 @@ def load_config(path: str | Path | None = None) -> Config:
 
 def _located(source: str | Path | None, stage: str) -> tuple[Path, Paths | None]:
     """The model's folder, and the project that its frozen parts are looked for in."""
-    from vlv.stages import use
+    from vlv.inference import model_folder
 
     in_registry = source is None or str(source).startswith("models:/")
     try:
@@ -169,15 +169,15 @@ def _located(source: str | Path | None, stage: str) -> tuple[Path, Paths | None]
         if in_registry:
             raise
         return Path(str(source)), None  # it carries its parts
-    return use.model_folder(paths, None if source is None else str(source), stage), paths
+    return model_folder(paths, None if source is None else str(source), stage), paths
 
 
 def _device(name: str | None) -> "torch.device":
     import torch
 
-    from vlv.models import device
+    from vlv.models import saved
 
-    return torch.device(name) if name else device.for_inference()
+    return torch.device(name) if name else saved.inference_device()
 
 
 def _pixels(images: "Sequence[Picture]") -> "list[Pixels]":

@@ -25,8 +25,8 @@ _READERS: list[tuple[str, list[str], list[str]]] = [
     ("captions so far", ["captions.json.partial"], ["caption", "pictures", "-o", "captions.json", *_STAGE2]),
     ("store", ["mlflow/store/mlflow.db"], ["models"]),
 ]  # fmt: skip
-_TRAINING = [f"work/stage1/training-*/{name}" for name in ("curve.jsonl", "run.json", "ledger.json", "checkpoints/*/*")]
-_OUTBOX = ["mlflow/store/outbox/*/*.json*"]
+_TRAINING = [f"work/stage1/training-*/{name}" for name in ("run-*/record.jsonl", "ledger.json", "checkpoints/*/*")]
+_RECORD = ["work/stage1/training-*/run-*/record.jsonl"]
 _CACHES = [".cache/features-*/*/*", ".cache/latents-*/*/*"]
 
 
@@ -48,7 +48,7 @@ def run_training(whole: Path, project: Path, draw: random.Random, rounds: int) -
     for name, patterns, command in (
         ("an unfinished training", _TRAINING, ["run", "stage1"]),
         ("caches", _CACHES, ["run", "stage1"]),
-        ("outbox", _OUTBOX, ["doctor"]),
+        ("record of a run", _RECORD, ["doctor"]),
     ):
         tally = Tally(f"damaged files: {name}")
         for path, mutation in _drawn(unfinished, patterns, draw, rounds):

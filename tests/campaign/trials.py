@@ -64,14 +64,6 @@ def warm() -> None:
     import torch
 
     torch.set_num_threads(1)
-    import vlv.cli.main
-    import vlv.convert.florence
-    import vlv.convert.gguf
-    import vlv.convert.release
-    import vlv.data.import_.importer
-    import vlv.stages.stage1
-    import vlv.stages.stage2
-    import vlv.stages.use  # noqa: F401
 
 
 def vlv(arguments: Sequence[str], project: Path, seconds: float = 120.0) -> Outcome:

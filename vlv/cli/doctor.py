@@ -14,9 +14,9 @@ from typing import Literal
 
 import psutil
 
-from vlv import config
+from vlv import config, tracking
 from vlv.config import ConfigError, Paths
-from vlv.io import files, pinning
+from vlv.io import files, pin
 
 _PIN = re.compile(r"^([A-Za-z0-9._-]+)==([^\s;]+)", flags=re.MULTILINE)
 _GIB = 1 << 30
@@ -132,7 +132,7 @@ def _configuration(paths: Paths) -> Iterator[Finding]:
 def _data(paths: Paths) -> Iterator[Finding]:
     from vlv.data import shards
 
-    pointer = paths.root / pinning.POINTER
+    pointer = paths.root / pin.POINTER
     if not paths.data.exists():
         yield Finding("note", "data", "not there yet", "vlv data download")
         return
@@ -158,19 +158,18 @@ def _locks(paths: Paths) -> Iterator[Finding]:
 
 
 def _outbox(paths: Paths) -> Iterator[Finding]:
-    from vlv import tracking
-
     where = tracking.tracking_uri(paths)
-    before = tracking.outbox_state(paths)
-    if not before:
-        yield Finding("ok", "MLflow", f"{where}, nothing undelivered")
+    if not tracking.undelivered(paths):
+        yield Finding("ok", "MLflow", f"{tracking.without_password(where)}, nothing undelivered")
         return
-    flushed = tracking.flush_outbox(paths)
-    if flushed.waiting:
+    replayed = tracking.replay_all(paths)
+    if replayed.waiting:
         remedy = "is the server up? then: vlv doctor"
-        yield Finding("note", "MLflow outbox", f"{len(flushed.waiting)} runs wait: {flushed.reason}", remedy)
+        yield Finding("note", "MLflow outbox", f"{len(replayed.waiting)} runs wait: {replayed.reason}", remedy)
     else:
-        yield Finding("ok", "MLflow outbox", f"{flushed.delivered} runs delivered now to {where}")
+        yield Finding(
+            "ok", "MLflow outbox", f"{replayed.delivered} runs delivered now to {tracking.without_password(where)}"
+        )
 
 
 def _env(_paths: Paths) -> Iterator[Finding]:
@@ -184,8 +183,7 @@ def _env(_paths: Paths) -> Iterator[Finding]:
     )
     for name in names:
         if value := os.environ.get(name):
-            bare = re.sub(r"//[^/@]*@", "//...@", value)  # no passwords on the screen
-            yield Finding("note", name, bare, "set in your environment")
+            yield Finding("note", name, tracking.without_password(value), "set in your environment")
     for name in ("VLV_ROOT", "VLV_CACHE"):
         if (value := os.environ.get(name)) and not Path(value).exists():
             yield Finding("problem", name, f"{value} does not exist", f"unset {name}")

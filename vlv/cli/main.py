@@ -173,11 +173,11 @@ def caption(
 
     [dim]vlv caption photos -o captions.json[/]
     """
-    from vlv.stages import use
+    from vlv import inference
 
     asked = {"beams": beams, "max_tokens": max_tokens, "clean_up": clean_up}
     writing = {key: value for key, value in asked.items() if value is not None}
-    report = use.caption_folder(Paths.find(), folder, output, model=model, writing=writing)
+    report = inference.caption_folder(Paths.find(), folder, output, model=model, writing=writing)
     _tell(report, f"{report.done} captions in {output}")
 
 
@@ -198,9 +198,9 @@ def reconstruct(
 
     [dim]vlv reconstruct photos -o reconstructed --steps 20[/]
     """
-    from vlv.stages import use
+    from vlv import inference
 
-    report = use.reconstruct_folder(
+    report = inference.reconstruct_folder(
         Paths.find(), folder, output, size=size, guidance=guidance, steps=steps, seed=seed, model=model
     )
     _tell(report, f"{report.done} reconstructions in {output}")

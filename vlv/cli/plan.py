@@ -41,33 +41,40 @@ def plan(
         typer.Option(help="none: DDP; zero2; full: ZeRO-3 or FSDP; without: as compute.launch says for each stage."),
     ] = None,
     tf32: Annotated[bool, typer.Option(help="Float32 products on the tensor cores.")] = False,
-    images: Annotated[int | None, typer.Option(min=1, help="Different images, for the caches' cost.")] = None,
-    caption_tokens: Annotated[int | None, typer.Option(min=1, help="Length in Stage 2; without: the limit.")] = None,
+    images: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="Different images, for the cost of the caches; without: as many as the samples of the training."
+        ),
+    ] = None,
+    caption_tokens: Annotated[
+        int | None, typer.Option(min=1, help="Length in Stage 2; without: stage2.max_caption_tokens.")
+    ] = None,
     fit_only: Annotated[
         bool,
-        typer.Option("--fit", help="Only whether both stages fit; exit code 1 if one does not. Takes half the time."),
+        typer.Option("--fit", help="Say only whether both stages fit; exit code 1 if one does not. Faster."),
     ] = False,
     changes: _Changes = None,
     json: _Json = None,
 ) -> None:
-    """Count FLOPs, memory, time and money of both stages at full size, on no GPU and without weights.
+    """Count FLOPs, memory, time and money of both stages at full size, without a GPU and without weights.
 
-    The GPUs are those that the configuration is for (its section compute), or those of the options.
+    The GPUs are those of the configuration's section compute, or those of the options.
 
     [dim]vlv plan --config configs/paper.yaml --price 0.8[/]
 
     [dim]vlv plan --config configs/paper.yaml --gpu "A100 80GB" --count 4 --fit[/]
     """
     from vlv.plan import count as counts
-    from vlv.plan import gpus, machines, report
-    from vlv.plan.forecast import Machine, forecast
+    from vlv.plan import gpus, report
+    from vlv.plan.step import STAGES, StageName
 
     paths = Paths.find()
-    settings = _settings(paths, config_, changes)
+    settings = _settings(paths, config_, changes, caption_tokens)
 
-    def machine_of(stage: machines.StageName) -> Machine:
-        configured = machines.machine(settings, paths, stage)
-        return Machine(
+    def machine_of(stage: StageName) -> gpus.Machine:
+        configured = gpus.machine_of(settings, paths, stage)
+        return gpus.Machine(
             gpus.find(gpu) if gpu else configured.gpu,
             count or configured.count,
             utilisation,
@@ -76,26 +83,23 @@ def plan(
             tf32,
         )
 
-    one, two = machine_of("stage1"), machine_of("stage2")
     console = Console()
     console = console if console.is_terminal else Console(width=140)
-    if fit_only:
-        found = [machines.fit(settings, paths, "stage1", one), machines.fit(settings, paths, "stage2", two)]
-        report.show_fits(found, console)
-        raise typer.Exit(int(not all(fit.fits for fit in found)))
-    stages = [
-        (counts.stage1(settings, paths, "gpu", machines.micro_batch(settings, "stage1", one)), one),
-        (counts.stage2(settings, paths, "gpu", machines.micro_batch(settings, "stage2", two), caption_tokens), two),
-    ]
     mine, others = [], []
-    for stage, machine in stages:
-        number = images or stage.settings.steps * stage.samples
-        mine.append(forecast(stage, machine, number))
-        able = [g for g in gpus.GPUS if g.has(stage.settings.precision, tf32=tf32)]
-        others.append([forecast(stage, replace(machine, gpu=g), number) for g in able])
-    report.show(mine, others, console)
+    for name in STAGES:
+        machine = machine_of(name)
+        micro_batch = machine.micro_batch(settings, name)
+        stage = counts.stage(settings, paths, name, "gpu", micro_batch, knobs=not fit_only)
+        mine.append(report.forecast(stage, machine, images))
+        able = [kind for kind in gpus.GPUS if kind.has(stage.settings.precision, tf32=tf32)]
+        others.append([report.forecast(stage, replace(machine, gpu=kind), images) for kind in able])
     if json is not None:
         files.write_json(json, [report.as_json(f) for f in mine])
+    if fit_only:
+        for f in mine:
+            console.print(report.fits(f), highlight=False)
+        raise typer.Exit(int(not all(f.fits for f in mine)))
+    report.show(mine, others, console)
 
 
 class TrainingStage(StrEnum):
@@ -107,36 +111,38 @@ class TrainingStage(StrEnum):
 
 def rehearse(
     config_: _ConfigFile = None,
-    stage: Annotated[TrainingStage | None, typer.Option(help="Only this one; without: both.")] = None,
+    stage: Annotated[TrainingStage | None, typer.Option(help="This stage alone; without: both.")] = None,
     samples: Annotated[int, typer.Option(min=1, help="Samples on this device at a time.")] = 1,
     changes: _Changes = None,
     json: _Json = None,
 ) -> None:
-    """Do one real step of each stage at full size here: step, checkpoint, resume, one more step; memory, time.
+    """Do two real steps of each stage at full size here, with a checkpoint and a resume: memory and time.
 
-    Weights are new and pictures are noise: nothing is downloaded, nothing is kept. Do it on the machine of a long
-    run before the run.
+    Weights are new and images are noise: nothing is downloaded, nothing is kept. Run it on the machine of a long run
+    before that run.
 
     [dim]vlv rehearse --config configs/paper.yaml --set stage1.precision=bf16[/]
     """
-    from vlv.plan import rehearsal, report
+    from vlv.plan.rehearse import rehearse
 
     paths = Paths.find()
     settings = _settings(paths, config_, changes)
-    functions = {TrainingStage.stage1: rehearsal.stage1, TrainingStage.stage2: rehearsal.stage2}
     done = []
     for name in [stage] if stage else list(TrainingStage):
-        done.append(functions[name](settings, paths, samples))
-        Console().print(report.rehearsed(done[-1]))
+        done.append(rehearse(settings, paths, name.value, samples))
+        Console().print(done[-1].table())
         if json is not None:
             files.write_json(json, [one.as_json() for one in done])
 
 
-def _settings(paths: Paths, file: Path | None, changes: list[str] | None) -> config.Config:
-    """The configuration in `file` (None: params.yaml) with some of its values replaced."""
+def _settings(
+    paths: Paths, file: Path | None, changes: list[str] | None, caption_tokens: int | None = None
+) -> config.Config:
+    """Read the configuration in `file` (None: params.yaml) and replace some of its values."""
     settings = config.parse(files.read_text(file), str(file)) if file else config.load(paths)
+    changes = [*(changes or []), *([f"stage2.max_caption_tokens={caption_tokens}"] if caption_tokens else [])]
     value: dict[str, Any] = settings.model_dump(mode="json", by_alias=True)
-    for change in changes or []:
+    for change in changes:
         key, equals, given = change.partition("=")
         *sections, last = key.split(".")
         section: Any = value

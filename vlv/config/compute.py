@@ -1,4 +1,4 @@
-"""Where and at which price a training runs: nothing here changes what is computed."""
+"""Where a training runs, and at which price. Nothing here changes what is computed."""
 
 from typing import Annotated
 
@@ -15,28 +15,30 @@ class LaunchByStage(Section):
 
 
 class Compute(Section):
-    """The machines. DVC does not track this section and no fingerprint holds it: a training that was stopped may
-    go on elsewhere, and a finished one stays current."""
+    """The machines. DVC does not track this section, and it is part of no input hash: a stopped training may resume on
+    other machines, and a finished one stays current."""
 
     gpu: str | None = Field(
         default=None,
-        description="the GPU that the batch split and the precision are chosen for, by its name in "
-        "vlv/plan/gpus.py; null: a CPU",
+        description="name in vlv/plan/gpus.py of the GPU that the batch split and the precision are chosen for,"
+        " or null for a CPU",
     )
-    gpus: Positive = Field(default=1, description="how many of it; as many as the files in `launch` start processes")
+    gpus: Positive = Field(
+        default=1, description="number of these GPUs; equal to the number of processes in the files of `launch`"
+    )
     launch: str | LaunchByStage | None = Field(
         default=None,
-        description="accelerate configuration file of this machine's processes (configs/accelerate), one for both "
-        "trainings or one for each; null: one process",
+        description="accelerate file with the processes of this machine (configs/accelerate), one for both trainings "
+        "or one for each; null: one process",
     )
-    patience_minutes: Annotated[float, Field(gt=0)] = Field(
-        default=30.0, description="how long a process waits for the others before it gives up"
+    timeout_minutes: Annotated[float, Field(gt=0)] = Field(
+        default=30.0, description="how long a process waits for the others at the start, before it ends with an error"
     )
     price_per_device_hour: Annotated[float, Field(ge=0)] | None = Field(
-        default=None, description="money, for the cost ledger; a device is a GPU, or a process on CPUs"
+        default=None, description="for the cost ledger, in any currency; a device is a GPU, or a process on CPUs"
     )
     peak_flops: Annotated[float, Field(gt=0)] | None = Field(
-        default=None, description="operations/s of one device at the precision in use; null: no utilisation is given"
+        default=None, description="operations/s of one device at the precision in use; null: no utilisation is reported"
     )
 
     def launch_of(self, stage: str) -> str | None:

@@ -7,10 +7,11 @@ from pydantic import Field
 from vlv.config.base import Positive, Section, Share
 
 Resize = Literal["bicubic", "torchvision"]
+Encoding = Literal["png", "jpeg"]  # how images that were cut are stored
 
 
 class ScenesSource(Section):
-    """Emoji scenes, drawn on the spot (vlv.tiny.scenes)."""
+    """Emoji scenes, which vlv.tiny.scenes draws."""
 
     kind: Literal["scenes"]
     sprites: str = Field(description="asset reference to Twemoji's 72x72 PNG files")
@@ -19,29 +20,37 @@ class ScenesSource(Section):
     test: Positive
     seed: int = 0
 
+    @property
+    def assets(self) -> list[str]:
+        """References to what the data is made from."""
+        return [self.sprites]
+
 
 class ImportedSource(Section):
-    """Images brought in by `vlv data import`, which notes in the data's manifest where they come from."""
+    """Images that `vlv data import` imported. The data's manifest says where they come from."""
 
     kind: Literal["imported"]
-    description: str | None = Field(
-        default=None, description="which images the profile is made for; for readers, nothing is decided by it"
-    )
+    description: str | None = Field(default=None, description="which images the profile is made for; only for readers")
+
+    @property
+    def assets(self) -> list[str]:
+        """References to what the data is made from: none, since nothing is made."""
+        return []
 
 
 class DataGate(Section):
-    """Bounds that the Great Expectations gate holds the data to."""
+    """Bounds of the data gate (Great Expectations)."""
 
     min_side: Positive = Field(description="pixels, shorter side")
     max_aspect: Annotated[float, Field(ge=1.0)] = Field(description="longer side / shorter side")
     caption_words_min: Annotated[int, Field(ge=0)]
     caption_words_max: Positive
     max_duplicate_share: Share = Field(description="share of samples whose image bytes appear elsewhere")
-    captions_required: bool = Field(description="False where only Stage 1 is to be trained")
+    captions_required: bool = Field(description="false: samples may lack a caption, which is enough for Stage 1")
     min_share_held: Share = Field(
         default=0.95,
-        description="share of the captions' words, and of the captions as wholes, that the language model's tokenizer "
-        "must hold; what it does not hold can neither be learned nor written",
+        description="share of the words, and of the whole captions, that the language model's tokenizer must hold; the "
+        "language model can neither learn nor write other words",
     )
 
 
@@ -52,8 +61,8 @@ class Data(Section):
     image_size: Positive = Field(description="pixels; images are scaled and cropped to this square")
     resize: Resize = Field(
         default="bicubic",
-        description="how images are brought to that square; torchvision: by its Resize and CenterCrop (bilinear), as "
-        "the release is trained and used",
+        description="how images are scaled and cropped; torchvision: by its Resize and CenterCrop (bilinear), as the "
+        "release does",
     )
     shard_size: Annotated[int, Field(gt=0, le=10_000)] = Field(description="samples in one tar")
     gate: DataGate

@@ -2,7 +2,7 @@
 
 from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator
 
 from vlv.config.base import Positive, Section, Weights
 
@@ -20,13 +20,13 @@ class Encoder(Section):
     queries: Positive = Field(description="learnable queries = caption embeddings (paper: 77)")
     projection_width: Positive = Field(description="hidden width of language_proj")
     start_on_text_side: bool = Field(
-        description="normalise the projection and start it at the text side's per-position mean and spread"
+        description="normalise the projection and start it at the text side's per-position mean and std"
     )
-    start_gain: Annotated[float, Field(gt=0)] = Field(default=0.5, description="share of that spread at the start")
+    start_gain: Annotated[float, Field(gt=0)] = Field(default=0.5, description="share of that std at the start")
     # How the release differs in the next three, and what was measured of it: docs/differences.md.
     query_std: Annotated[float, Field(gt=0)] = Field(
         default=0.5,
-        description="standard deviation of the queries at the start (release: 1); a norm follows them, so half the "
+        description="std of the queries at the start (release: 1); a norm follows them, so half the "
         "size lets them turn twice as far in one step of AdamW. The committed tiny results were made with it",
     )
     dropout: Annotated[float, Field(ge=0, lt=1)] = Field(
@@ -41,11 +41,16 @@ class Encoder(Section):
     )
 
 
+# The kinds of decoders in this package, each with what it draws with: vlv/models/decoders/NAME.py.
+DECODERS = {"stable_diffusion": "Stable Diffusion 1.x and 2.x", "sdxl": "Stable Diffusion XL", "sd3": "3 and 3.5"}
+
+
 class Decoder(Section):
     """The frozen text-to-image model."""
 
-    kind: Literal["stable_diffusion", "sdxl", "sd3"] = Field(
-        description="stable_diffusion: 1.x and 2.x; sdxl: XL; sd3: 3 and 3.5"
+    kind: str = Field(
+        description=f"{'; '.join(f'{name}: {models}' for name, models in DECODERS.items())}; or the dotted name of a "
+        "module of yours, such as my_package.my_decoder (docs/decoders.md)"
     )
     pretrained: str = Field(
         description="reference to a diffusers folder: vae, unet or transformer, text encoders, tokenizers, scheduler"
@@ -57,13 +62,23 @@ class Decoder(Section):
         description="True: caption embeddings pass the frozen text encoder (the paper's headline); "
         "False: they are the cross-attention context itself (the release's other choice)"
     )
-    use_t5: bool = Field(default=False, description="sd3: whether the T5 encoder takes part (it may be left away)")
+    options: dict[str, bool | int | float | str] = Field(
+        default_factory=dict, description="settings that only this kind has; for sd3: use_t5, whether T5 takes part"
+    )
 
-    @model_validator(mode="after")
-    def _check(self) -> "Decoder":
-        if self.use_t5 and self.kind != "sd3":
-            raise ValueError(f"use_t5 is for kind sd3; a decoder of kind {self.kind} has no T5")
-        return self
+    @property
+    def module(self) -> str:
+        """Dotted name of the module that defines the kind."""
+        return self.kind if "." in self.kind else f"vlv.models.decoders.{self.kind}"
+
+    @field_validator("kind")
+    @classmethod
+    def _known(cls, kind: str) -> str:
+        if kind not in DECODERS and not ("." in kind and all(name.isidentifier() for name in kind.split("."))):
+            raise ValueError(
+                f"there is no kind {kind!r}; there are: {', '.join(DECODERS)}, or the dotted name of a module of yours"
+            )
+        return kind
 
 
 class Generation(Section):
@@ -96,7 +111,7 @@ class LanguageModel(Section):
     architecture: str | None = None
     prefix_width: Positive = Field(description="hidden width of the MLP between context and LM")
     standardise_context: bool = Field(
-        default=False, description="the MLP sees the context less its mean over the training images, over its spread"
+        default=False, description="the MLP sees the context less its mean over the training images, divided by its std"
     )
     prefix_positions: bool = Field(default=True, description="a learned position on each of the MLP's outputs")
     generation: Generation = Field(default_factory=Generation)

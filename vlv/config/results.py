@@ -1,8 +1,8 @@
-"""What happens to trained models: evaluation, registration."""
+"""What happens to what a training leaves: evaluation, registration, a copy of its curves."""
 
 from typing import Annotated
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from vlv.config.base import Positive, Section
 
@@ -20,10 +20,21 @@ class Evaluate(Section):
     sentence_model: str | None = Field(
         default=None, description="asset reference to a sentence-embedding model; null: no caption similarity"
     )
-    recogniser: str | None = Field(
-        default=None, description="reference to the scene recogniser; null where there is no known truth"
+    counting: Annotated[str, Field(pattern=r"^vlv(\.\w+)+$")] | None = Field(
+        default=None,
+        description="module of this package that counts what captions and pictures show (vlv.evaluation.truth); "
+        "null where the truth is not known",
     )
-    untrained_floor: bool = Field(description="also train Stage 2 on an untrained Stage 1, as a floor")
+    recogniser: str | None = Field(
+        default=None, description="asset reference to the network with which `counting` reads pictures"
+    )
+    untrained_baseline: bool = Field(description="also train Stage 2 on an untrained Stage 1, as a baseline")
+
+    @model_validator(mode="after")
+    def _check(self) -> "Evaluate":
+        if self.recogniser and not self.counting:
+            raise ValueError("evaluate.recogniser needs evaluate.counting, which counts what it reads")
+        return self
 
 
 class Register(Section):
@@ -32,3 +43,16 @@ class Register(Section):
     captioner_name: str
     autoencoder_name: str
     promote: bool = Field(description="the flow promotes the new version if it passes the gates")
+
+
+class Tracking(Section):
+    """A copy of the curves. DVC does not track this section: nothing here changes what is computed."""
+
+    wandb_project: str | None = Field(
+        default=None, description="Weights & Biases project that training curves are copied to; null: none"
+    )
+    wandb_online: bool = Field(
+        default=False,
+        description="false: the copy is written to work/wandb, and `wandb sync` sends it; true: it is sent during the "
+        "training",
+    )

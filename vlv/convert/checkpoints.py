@@ -1,10 +1,13 @@
-"""Reading foreign checkpoints: the one place that opens torch's pickled files, and only their tensors.
+"""Reads other projects' checkpoints and renames their tensors.
 
-`weights_only` makes torch refuse any pickle that would call something; nothing else in a checkpoint's folder is
-opened, imported or run.
+This is the only module that opens torch's pickled files. With `weights_only` torch refuses a pickle that would call a
+function, and nothing else in a checkpoint's folder is opened, imported or run. Tensors are renamed by a table of rules;
+a name that no rule matches is an error.
 """
 
-from dataclasses import dataclass
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +19,14 @@ from vlv.io import files
 
 _INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 _FILES = ("model.safetensors", "pytorch_model.bin", "model.pt")
-# What a training script puts beside the weights; all of it is of no use to another trainer.
+# What a training script stores beside the weights. Another trainer cannot use any of it.
 _BESIDE = {
     "step": "the step it was saved at",
     "optimizer_state_dict": "the optimizer's state",
     "scheduler_state_dict": "the schedule's state",
 }
 _STATE = "model_state_dict"
+_SHOWN = 8  # names in an error
 
 
 class ConversionError(RuntimeError):
@@ -31,7 +35,7 @@ class ConversionError(RuntimeError):
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """Tensors by their own names, without a leading `module.`; `beside`: what else was there -> why it is dropped."""
+    """Tensors by their names, without a leading `module.`; `beside`: name of other content -> why it is dropped."""
 
     path: Path
     tensors: dict[str, torch.Tensor]
@@ -45,8 +49,8 @@ def read(path: Path) -> Checkpoint:
     also makes a folder called pytorch_model.bin), model.pt, or checkpoint_N.pt (the largest N is taken).
 
     Raises:
-        ConversionError: none of these, DeepSpeed's unconsolidated parts, a damaged file, or a pickle that is more
-            than tensors.
+        ConversionError: none of these is there, DeepSpeed's parts are not consolidated, a file is damaged, or a pickle
+            holds more than tensors.
     """
     found = _find(path)
     if found.name in _INDEXES:
@@ -102,7 +106,7 @@ def _load(path: Path) -> dict[str, Any]:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except (OSError, safetensors.SafetensorError) as error:
         raise ConversionError(f"{path} cannot be read: {error}") from error
-    except Exception as error:  # unpickling has errors of many kinds, and none of them is a bug of ours
+    except Exception as error:  # unpickling a damaged file raises errors of many kinds
         first = str(error).strip().split("\n")[0]
         raise ConversionError(
             f"{path} is damaged, or holds more than tensors, and was not unpickled ({first})."
@@ -124,3 +128,77 @@ def _without_wrapper(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor
     if tensors and all(name.startswith("module.") for name in tensors):
         return {name.removeprefix("module."): tensor for name, tensor in tensors.items()}
     return tensors
+
+
+# -- renaming ------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Rule:
+    r"""What happens to the tensors whose whole name matches `pattern`, a regular expression.
+
+    Attributes:
+        target: the new name, in which \1, \2 ... stand for the groups of the pattern; None: the tensor is dropped.
+        reason: why it is dropped.
+        transposed: the tensor is stored transposed.
+        zero: it is dropped only if it holds nothing but zeros.
+    """
+
+    pattern: str
+    target: str | None
+    reason: str = ""
+    transposed: bool = False
+    zero: bool = False
+
+    def under(self, pattern: str, target: str) -> "Rule":
+        """The same rule for names that begin with `pattern`, whose new names begin with `target`."""
+        new = None if self.target is None else target + self.target
+        return Rule(pattern + self.pattern, new, self.reason, self.transposed, self.zero)
+
+
+@dataclass
+class Renamed:
+    """Tensors by their new names, the old name of each, and what was dropped, old name -> reason."""
+
+    tensors: dict[str, torch.Tensor] = field(default_factory=dict)
+    origin: dict[str, str] = field(default_factory=dict)
+    dropped: dict[str, str] = field(default_factory=dict)
+
+
+def rename(tensors: Mapping[str, torch.Tensor], rules: Sequence[Rule], what: str) -> Renamed:
+    """Rename each tensor by the first rule that matches its name. Errors call the checkpoint `what`.
+
+    Raises:
+        ConversionError: a name that no rule matches; two different tensors for one name; a tensor that should be zero
+            and is not.
+    """
+    result = Renamed()
+    unknown = []
+    for old, tensor in tensors.items():
+        found = next(((r, m) for r in rules if (m := re.fullmatch(r.pattern, old))), None)
+        if found is None:
+            unknown.append(old)
+            continue
+        rule, match = found
+        if rule.target is None:
+            if rule.zero and tensor.count_nonzero():
+                raise ConversionError(f"{what}: {old} is not zero; dropping it ({rule.reason}) would change the model.")
+            result.dropped[old] = rule.reason
+            continue
+        new = match.expand(rule.target)
+        value = tensor.T if rule.transposed else tensor
+        if new in result.tensors and not torch.equal(result.tensors[new], value):
+            raise ConversionError(f"{what}: {result.origin[new]} and {old} should be one tensor, but they differ.")
+        result.tensors.setdefault(new, value)
+        result.origin.setdefault(new, old)
+    if unknown:
+        raise ConversionError(
+            f"{what} has {len(unknown)} tensors of unknown names: {some(unknown)}. Nothing was written."
+        )
+    return result
+
+
+def some(names: Sequence[str]) -> str:
+    """The first few names, and how many more there are."""
+    shown = ", ".join(sorted(names)[:_SHOWN])
+    return shown if len(names) <= _SHOWN else f"{shown} and {len(names) - _SHOWN} more"

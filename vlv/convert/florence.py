@@ -1,7 +1,7 @@
 """Florence-2 in Microsoft's layout (the hub's microsoft/Florence-2-*, made for code of its own) -> transformers' class.
 
-The names are those of the published checkpoints; what they become was learned from transformers' own conversion
-script (models/florence2/convert_florence2_original_pytorch_to_hf.py) and is written down here as a table.
+The table below maps the names of the published checkpoints to the native class's. It follows transformers' own
+conversion script (models/florence2/convert_florence2_original_pytorch_to_hf.py).
 """
 
 from pathlib import Path
@@ -11,8 +11,7 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from transformers import BartConfig, Florence2Config, Florence2ForConditionalGeneration
 
-from vlv.convert.checkpoints import ConversionError, read
-from vlv.convert.renaming import Renamed, Rule, rename, some
+from vlv.convert.checkpoints import ConversionError, Renamed, Rule, read, rename, some
 from vlv.io import files
 
 _BLOCK = r"vision_tower\.blocks\.(\d+)\.(\d+)\.(spatial|channel)_block\."
@@ -51,9 +50,9 @@ _VISION = {
     "num_groups": "num_groups", "window_size": "window_size", "drop_path_rate": "drop_path_rate",
     "projection_dim": "projection_dim", "mlp_ratio": "mlp_ratio", "in_chans": "in_channels", "qkv_bias": "qkv_bias",
 }  # fmt: skip
-# Nothing that these say changes a tensor or what is computed from it.
+# These keys change no tensor and nothing that is computed from one.
 _VISION_DROPPED = {"model_type", "enable_checkpoint", "_attn_implementation_autoset", "num_classes"}
-_FIXED = {  # built into the native class; another value is another model
+_FIXED = {  # the native class has these values built in; another value means another model
     "image_feature_source": ["spatial_avg_pool", "temporal_avg_pool"],
     "visual_temporal_embedding.type": "COSINE",
     "image_pos_embed.type": "learned_abs_2d",
@@ -135,10 +134,11 @@ def _native(path: Path, vision: dict[str, Any], text_config: dict[str, Any]) -> 
 
 
 def complete(model: torch.nn.Module, tensors: dict[str, torch.Tensor], what: str) -> dict[str, torch.Tensor]:
-    """`tensors` for all names of the model's state dict; of names that are one tensor, one is enough.
+    """`tensors` for all names of the model's state dict. Where several names share one tensor, one of them is enough.
 
     Raises:
-        ConversionError: missing names, names that the model does not have, shapes that differ, tied names that do.
+        ConversionError: a name is missing, or the model does not have it; shapes differ; tied names hold different
+            tensors.
     """
     together: dict[int, list[str]] = {}
     for name, own in model.state_dict(keep_vars=True).items():

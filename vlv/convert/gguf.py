@@ -1,7 +1,7 @@
 """A GGUF file -> the same causal language model in Hugging Face form, once.
 
-GGUF is how quantised models are handed around. Reading one takes a minute and ends in full precision, so it is
-done once and the result kept as safetensors.
+Quantised models are often published as GGUF. Reading one takes a minute and gives tensors of full precision, so this
+is done once, and the result is stored as safetensors.
 """
 
 import importlib.util
@@ -24,8 +24,8 @@ def convert(source: Path, target: Path) -> None:
     Nothing else in the folder of `source` is read.
 
     Raises:
-        ConversionError: `target` is there already, the reader is not installed, the file's sizes are missing or not
-            those of its tensors, or it is no language model that transformers knows.
+        ConversionError: `target` exists already; the package gguf is not installed; the sizes in the file's header are
+            missing or are not those of its tensors; or transformers knows no such language model.
     """
     if target.exists():
         raise ConversionError(f"{target} exists already; give another place, or remove it.")
@@ -36,7 +36,7 @@ def convert(source: Path, target: Path) -> None:
     from vlv.convert import gguf_header
 
     header = gguf_header.read(source)
-    # transformers takes a folder, and would also look at what lies beside the file: configurations, tokenizers, code.
+    # transformers reads a folder. The file gets one of its own, so that configurations and code beside it are not read.
     with tempfile.TemporaryDirectory(prefix="vlv-gguf-") as folder:
         (Path(folder) / _NAME).symlink_to(source.resolve())
         try:
@@ -47,8 +47,8 @@ def convert(source: Path, target: Path) -> None:
         except Exception as error:  # of a damaged file the libraries raise errors of any kind
             reason = str(error).strip().split("\n")[0] or type(error).__name__
             raise ConversionError(f"{source} cannot be read as a causal language model: {reason}") from error
-    # The loaded model remembers that it was quantised and refuses to be saved; the same weights under a
-    # configuration without that memory do not.
+    # The loaded model is marked as quantised and cannot be saved. So its weights go into a model whose configuration
+    # has no such mark.
     clean = AutoConfig.for_model(**quantised.config.to_diff_dict() | {"model_type": quantised.config.model_type})
     if hasattr(clean, "quantization_config"):
         del clean.quantization_config
@@ -60,12 +60,12 @@ def convert(source: Path, target: Path) -> None:
 
 
 def _check_size(folder: Path, elements: int) -> None:
-    """Refuse a file whose metadata describe a model that is not in it; the model is counted, not built."""
+    """Refuse a file whose metadata describe a larger model than it holds. The model is built with meta tensors."""
     settings = AutoConfig.from_pretrained(folder, gguf_file=_NAME, trust_remote_code=False)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(settings, trust_remote_code=False)
     described = sum(parameter.numel() for parameter in model.parameters())
-    if described > 2 * elements:  # the same matrix may stand for words at both ends
+    if described > 2 * elements:  # one matrix may serve as embeddings and as output layer
         raise ConversionError(f"it describes a model of {described} parameters, but holds {elements}.")
 
 

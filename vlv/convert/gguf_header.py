@@ -1,7 +1,7 @@
-"""A GGUF file's header, read with every length checked against the file's own, before anything believes it.
+"""Reads a GGUF file's header and checks every length in it against the file's own, before a library reads the file.
 
-The header says how large the model is. A file that leaves a size out would get a default of 7 billion parameters from
-the libraries that read it, and one that states a count of 2**60 would keep them busy for ever.
+The header says how large the model is. If it lacks a size, the libraries take a default of 7 billion parameters; if it
+states a count of 2**60, they never come to an end.
 """
 
 import mmap

@@ -13,8 +13,7 @@ from torch import nn
 
 from vlv.config import Config, Generation, Paths
 from vlv.convert import florence
-from vlv.convert.checkpoints import Checkpoint, ConversionError, read
-from vlv.convert.renaming import Renamed, Rule, rename, some
+from vlv.convert.checkpoints import Checkpoint, ConversionError, Renamed, Rule, read, rename, some
 from vlv.io import files
 from vlv.models.autoencoder import Autoencoder
 from vlv.models.captioner import Captioner
@@ -22,7 +21,7 @@ from vlv.models.captioner import Captioner
 # How the release writes: train/Caption_inference.py and `generate` in models/VLV_stage2.py.
 GENERATION = Generation(beams=4, max_tokens=300, begin="prefix", end="language_model", clean_up=True)
 
-# Frozen tensors must be the configured part's own, up to the rounding to bfloat16 that the release stores some in.
+# Frozen tensors must equal those of the configured part. The release stores some in bfloat16, so up to its rounding.
 _ROUNDING = 2.0**-8
 
 
@@ -61,7 +60,13 @@ STAGE2 = [
 
 @dataclass(frozen=True)
 class Conversion:
-    """What was done: names taken over, names found equal to the configured frozen parts, old name -> why dropped."""
+    """What a conversion did.
+
+    Attributes:
+        taken: names of tensors that were copied.
+        verified: names of tensors that equal those of the configured frozen parts.
+        dropped: old name -> why it was dropped.
+    """
 
     taken: list[str]
     verified: list[str]
@@ -69,7 +74,7 @@ class Conversion:
 
 
 def stage1(source: Path, output: Path, settings: Config, paths: Paths) -> Conversion:
-    """Write a released Stage 1 checkpoint as an auto-encoder's folder; pictures come to it as in the release.
+    """Write a released Stage 1 checkpoint as an auto-encoder's folder. It prepares pictures as the release does.
 
     Raises:
         ConversionError: unknown, missing or misshapen tensors, or other frozen parts than the configured ones.
@@ -87,7 +92,7 @@ def stage1(source: Path, output: Path, settings: Config, paths: Paths) -> Conver
 
 
 def stage2(source: Path, output: Path, settings: Config, paths: Paths) -> Conversion:
-    """Write a released Stage 2 checkpoint as a captioner's folder, which sees pictures and writes as the release does.
+    """Write a released Stage 2 checkpoint as a captioner's folder. It prepares pictures and writes as the release does.
 
     Raises:
         ConversionError: as for `stage1`; or a configuration whose prefix is not the released form.
@@ -101,7 +106,7 @@ def stage2(source: Path, output: Path, settings: Config, paths: Paths) -> Conver
     checkpoint = read(source)
     found = rename(checkpoint.tensors, STAGE2, str(checkpoint.path))
     model = Captioner.build(settings, paths)
-    # The statistics that a standardising prefix has stay 0 and 1 here: no checkpoint holds them.
+    # A standardising prefix keeps the statistics 0 and 1 here, because no checkpoint holds any.
     learned = set(model.trained(settings)) - {name for name, _ in model.named_buffers()}
     done = _fill(model, learned, found, checkpoint)
     model.save(output, settings, paths, _card("captioner", settings, checkpoint))
@@ -113,13 +118,11 @@ def _check(output: Path, settings: Config) -> None:
     if output.exists():
         raise ConversionError(f"{output} exists already; give another place, or remove it.")
     if settings.encoder.start_on_text_side:
-        raise ConversionError(
-            "The released projection has no mean and spread: set encoder.start_on_text_side to false."
-        )
+        raise ConversionError("The released projection has no mean and std: set encoder.start_on_text_side to false.")
 
 
 def as_used(settings: Config) -> Config:
-    """`settings` with the release's way from a picture to the vision tower and its way of writing."""
+    """`settings` with the release's preparation of pictures and its way of writing captions."""
     return settings.model_copy(
         update={
             "data": settings.data.model_copy(update={"resize": "torchvision"}),
@@ -130,7 +133,7 @@ def as_used(settings: Config) -> Config:
 
 @torch.no_grad()
 def _fill(model: nn.Module, learned: set[str], found: Renamed, checkpoint: Checkpoint) -> Conversion:
-    """Copy what was learned into `model`, and hold the rest to what is there."""
+    """Copy the trained tensors into `model`, and compare the other ones with those that it has."""
     own = model.state_dict(keep_vars=True)
     names = {id(p): name for name, p in model.named_parameters()}  # one name for what is tied
     taken: dict[str, torch.Tensor] = {}

@@ -65,6 +65,8 @@ class ShardCache:
     def _is_current(self, entry: ShardEntry) -> bool:
         """Whether there is a whole file for this shard; its tensors are compared when they are loaded."""
         path = self._path(entry)
+        if path.is_dir():
+            files.set_aside(path, f"{path} is a folder where a file should be.", "the file is computed anew")
         if not path.exists():
             return False
         try:
@@ -73,6 +75,8 @@ class ShardCache:
         except safetensors.SafetensorError:
             log.warning("%s is damaged; computing it anew", path)
             return False
+        except OSError as error:  # safetensors does not name the file
+            raise files.FileError(f"{path} cannot be read ({error}). Remove it and run the command again.") from error
 
     def fill(self, entries: list[ShardEntry], *, rank: int = 0, world_size: int = 1) -> None:
         """Compute what is missing.

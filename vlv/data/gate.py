@@ -1,8 +1,8 @@
-"""The data gate: what Great Expectations holds the data to, before anything is trained.
+"""The data gate: the expectations that the data must meet before anything is trained (Great Expectations).
 
-All expectations stand in the functions `_for_...`; they are checked for each split, on tables that
-vlv.data.inspection reads from the shards themselves. Nothing stops at the first failure: the verdict names
-each expectation that failed, and the shard and sample.
+Each expectation is one row in a function `_for_...`. It is checked for each split, on the tables that
+vlv.data.inspection reads from the shards. The check does not stop at the first failure: the verdict names each
+expectation that failed, with the shard and the sample. A new expectation is a new row.
 """
 
 import importlib
@@ -17,7 +17,7 @@ from vlv.data import shards
 from vlv.data.inspection import inspect
 from vlv.data.shards import DataError, Manifest
 from vlv.data.vocabulary import Coverage, Vocabulary
-from vlv.io import telemetry
+from vlv.io import tables, telemetry
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -26,14 +26,14 @@ _EXAMPLES = 10
 
 
 class Example(BaseModel):
-    """One place that fails: "train/00003.tar sample 000030017", and what was found there."""
+    """One failure: the place, such as "train/00003.tar sample 000030017", and what was found there."""
 
     where: str
     found: str
 
 
 class Result(BaseModel):
-    """One expectation on one split. `unexpected` counts what fails, `examples` holds the first ten."""
+    """One expectation on one split. `unexpected` counts the failures, `examples` holds the first ten."""
 
     name: str
     split: str
@@ -47,10 +47,11 @@ class Result(BaseModel):
 
 
 class Verdict(BaseModel):
-    """The gate's verdict; the same for the same data (no times in it).
+    """The gate's verdict. It holds no times, so equal data gives an equal verdict.
 
-    `samples`: by split, as read. `vocabulary`: by split, how much of the captions the language model's tokenizer
-    holds; empty where none was given.
+    Attributes:
+        samples: samples that could be read, by split.
+        vocabulary: how much of the captions the language model's tokenizer holds, by split; empty without a tokenizer.
     """
 
     success: bool
@@ -63,7 +64,7 @@ class Verdict(BaseModel):
         return [result for result in self.results if not result.success]
 
     def check(self, remedy: str = "") -> None:
-        """Raise `DataError` with every failure if there is one, and with what can be done."""
+        """Raise a `DataError` that lists every failure and the remedy, if there is a failure."""
         failed = self.failures()
         if failed:
             lines = "\n".join(f"  {result.message}" for result in failed)
@@ -77,13 +78,13 @@ def validate(
     splits: list[str] | None = None,
     tokenizer: "PreTrainedTokenizerBase | None" = None,
 ) -> Verdict:
-    """Check the data against the gate. Never raises for bad data.
+    """Check the data against the gate. Bad data gives a verdict, not an exception.
 
     Args:
         data: the data folder.
         gate: the bounds.
-        splits: None: those of the manifest.
-        tokenizer: the language model's; None: captions are not held to it.
+        splits: the splits to check; None: those of the manifest.
+        tokenizer: of the language model; None: the words of the captions are not checked.
     """
     try:
         manifest = shards.read_manifest(data)
@@ -121,13 +122,13 @@ def validate(
 
 
 def _expectations() -> Any:
-    """Great Expectations' own, imported where needed: it takes some ten seconds."""
+    """The expectations of Great Expectations. Its import takes some ten seconds, so it comes late."""
     telemetry.off()  # read when the library is imported
     return importlib.import_module("great_expectations.expectations")
 
 
 def _for_files() -> list[Any]:
-    """For each shard and samples.parquet of a split."""
+    """Expectations on each shard and samples.parquet of a split."""
     gxe = _expectations()
     return [
         _named(gxe.ExpectColumnValuesToBeInSet(column="exists", value_set=[True]),
@@ -143,7 +144,7 @@ def _for_files() -> list[Any]:
 
 
 def _for_samples(gate: config.DataGate, manifest: Manifest) -> list[Any]:
-    """For each sample of a split."""
+    """Expectations on each sample of a split."""
     gxe = _expectations()
     share, low, high = gate.max_duplicate_share, gate.caption_words_min, gate.caption_words_max
     chosen = [
@@ -186,7 +187,7 @@ def _for_samples(gate: config.DataGate, manifest: Manifest) -> list[Any]:
 
 
 def _for_captions(gate: config.DataGate) -> list[Any]:
-    """For each sample, where the language model's tokenizer is known."""
+    """Expectations on each sample, if the language model's tokenizer is known."""
     gxe, share = _expectations(), gate.min_share_held
     held = gxe.ExpectColumnValueLengthsToBeBetween(column="unknown_words", max_value=0, mostly=share)
     return [
@@ -195,7 +196,7 @@ def _for_captions(gate: config.DataGate) -> list[Any]:
 
 
 def _for_words(gate: config.DataGate) -> list[Any]:
-    """For a split's words together, in one row."""
+    """Expectations on all words of a split together, in one row."""
     gxe, share = _expectations(), gate.min_share_held
     held = gxe.ExpectColumnValuesToBeBetween(column="share_of_words", min_value=share)
     return [
@@ -217,7 +218,7 @@ def _equal(found: str, declared: str, name: str, requirement: str) -> Any:
 
 
 class _Checker:
-    """One ephemeral Great Expectations context."""
+    """Runs expectations in one Great Expectations context, in memory."""
 
     def __init__(self) -> None:
         _expectations()
@@ -269,13 +270,13 @@ def _example(entry: dict[str, Any]) -> Example:
 
 
 def _exception(raw: Any) -> str:
-    """Great Expectations could not compute it, which is a failure too."""
+    """Why Great Expectations could not compute an expectation, which counts as a failure."""
     infos = [info for info in raw.exception_info.values() if isinstance(info, dict)]
     return "; ".join(str(info.get("exception_message")) for info in infos) or "could not be computed"
 
 
 def _plain(name: str, split: str, requirement: str, message: str) -> Result:
-    """A failure that comes before there is any table."""
+    """A failure that is found before there is a table."""
     return Result(
         name=name, split=split, success=False, requirement=requirement, expectation="vlv", checked=1,
         unexpected=1, examples=[], message=message,
@@ -283,22 +284,19 @@ def _plain(name: str, split: str, requirement: str, message: str) -> Result:
 
 
 def summary_markdown(verdict: Verdict) -> str:
-    """The verdict as a page: what failed and where, then a table of all expectations."""
+    """The verdict as a Markdown page: what failed and where, then a table of all expectations."""
     counts = ", ".join(f"{split} {count:,}" for split, count in verdict.samples.items()) or "none read"
     lines = [f"# Data gate: {'passed' if verdict.success else 'FAILED'}", "", f"Samples: {counts}.", ""]
     for result in verdict.failures():
-        lines += [f"- **{result.name}**: {_cell(result.message)}"]
+        message = result.message.replace("\n", " ")
+        lines += [f"- **{result.name}**: {message}"]
     splits = list(dict.fromkeys(result.split for result in verdict.results))
-    lines += ["", "| expectation | " + " | ".join(splits) + " |", "|---|" + "---|" * len(splits)]
     by_place = {(result.requirement, result.split): result for result in verdict.results}
+    rows = []
     for requirement in dict.fromkeys(result.requirement for result in verdict.results):
-        cells = []
+        cells = [requirement]
         for split in splits:
             one = by_place.get((requirement, split))
             cells.append("" if one is None else "ok" if one.success else f"**{one.unexpected} of {one.checked}**")
-        lines.append(f"| {_cell(requirement)} | " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
-
-
-def _cell(text: str) -> str:
-    return text.replace("|", "\\|").replace("\n", " ")
+        rows.append(cells)
+    return "\n".join([*lines, "", tables.markdown(["expectation", *splits], rows)]) + "\n"

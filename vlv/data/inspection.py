@@ -1,4 +1,4 @@
-"""Reads all of the data, as it is, into two tables for the gate; damage becomes a value, not an exception."""
+"""Reads all of the data into two tables for the gate. Damage becomes a value in a table, not an exception."""
 
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -16,7 +16,7 @@ from vlv.io import files, images
 
 @dataclass
 class FileRow:
-    """A shard or a table of samples, and what the manifest says about it. `damage`: why it cannot be read."""
+    """A shard or a table of samples, beside what the manifest says about it. `damage`: why it cannot be read."""
 
     where: str
     split: str
@@ -33,11 +33,14 @@ class FileRow:
 
 @dataclass
 class SampleRow:
-    """A sample as its bytes are, beside what its JSON and samples.parquet say. Sizes are in pixels.
+    """What the bytes of a sample are, beside what its JSON and samples.parquet say. Sizes are in pixels.
 
-    `duplicate_of`, `image_also_in` and `scene_also_in` name the first sample with the same image in the same
-    split, and with the same image or scene in an earlier split. `unknown_words`: those of the caption that the
-    tokenizer does not hold, "" if it holds them all; None without caption or tokenizer.
+    Attributes:
+        duplicate_of: the first sample of the same split with the same image.
+        image_also_in, scene_also_in: the first sample of an earlier split with the same image, or the same scene (the
+            ground truth of drawn data).
+        unknown_words: words of the caption that the tokenizer does not hold; "" if it holds them all, None without a
+            caption or a tokenizer.
     """
 
     where: str
@@ -74,7 +77,7 @@ class Inspection:
 
 
 def inspect(data: Path, manifest: Manifest, splits: list[str], vocabulary: Vocabulary | None = None) -> Inspection:
-    """Read every shard and table of the splits; one sample's pixels in memory at a time."""
+    """Read every shard and table of the splits. Memory holds the pixels of one sample at a time."""
     inspector = _Inspector(data, vocabulary)
     for split in splits:
         inspector.split(split, manifest.splits[split])
@@ -83,7 +86,7 @@ def inspect(data: Path, manifest: Manifest, splits: list[str], vocabulary: Vocab
 
 
 def _frame(kind: type, rows: list[Any]) -> pd.DataFrame:
-    """Columns of objects: a missing value stays None and a number a whole one."""
+    """Columns of objects, so that a missing value stays None and an integer stays an integer."""
     names = [field.name for field in fields(kind)]
     return pd.DataFrame({name: pd.Series([getattr(row, name) for row in rows], dtype=object) for name in names})
 
@@ -121,7 +124,7 @@ class _Inspector:
         return row
 
     def _table(self, path: Path, split: str, entry: SplitEntry) -> dict[str, str]:
-        """Image hashes by key as samples.parquet has them; none if it cannot be read."""
+        """The image hashes in samples.parquet by key; empty if it cannot be read."""
         row = self._file(path, split)
         row.manifest_sha256, row.manifest_samples = entry.table_sha256, entry.samples
         if not row.exists:

@@ -1,19 +1,20 @@
 """Batches from shards, in an order that is a function of (seed, epoch, shard) alone.
 
-So a training resumed at any step sees exactly the samples it would have seen, and what is skipped is neither
-read nor decoded. The order runs through all shards in turn: a shard's samples are shuffled among themselves,
-and the shards, anew in each epoch.
+A training that is resumed at some step therefore sees exactly the samples that it would have seen, and the loader
+neither reads nor decodes the samples before that step. The order goes through one shard after the other. Each epoch
+shuffles the shards, and the samples within each shard, in a new order.
 
-Grouped by length, the samples of a window of steps change places among themselves, so that a step's samples are
-of like length; that too is a function of the seed and the window.
+With a `Grouping`, the samples of a window of steps change places among themselves, so that the samples of one step have
+similar lengths. That order is a function of the seed and the window.
 """
 
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import groupby
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -23,7 +24,6 @@ from vlv.data import shards
 from vlv.data.shards import DataError, Sample, ShardEntry
 from vlv.io import images
 from vlv.io.images import Pixels
-from vlv.tiny.scenes import Scene
 
 # Shard name -> tensors whose first dimension counts the shard's samples in file order.
 Extra = Callable[[str], dict[str, Tensor]]
@@ -32,7 +32,15 @@ _Position = tuple[int, int]  # shard, sample in it
 
 @dataclass(frozen=True)
 class Batch:
-    """B samples. `images` (B, 3, H, W) uint8, or None if not asked for; `extra`: the hook's rows."""
+    """B samples.
+
+    Attributes:
+        keys: of the samples, "SSSSSIIII": 5 digits of the shard, 4 of the index.
+        images: (B, 3, H, W) uint8; None if the loader reads no images.
+        captions: None where a sample has none.
+        meta: the JSON of each sample as plain data. It holds the ground truth where the source knows one.
+        extra: tensors of B rows, such as cached latents.
+    """
 
     keys: list[str]
     images: Tensor | None
@@ -43,21 +51,16 @@ class Batch:
     def __len__(self) -> int:
         return len(self.keys)
 
-    @property
-    def scenes(self) -> list[Scene]:
-        """The known truth of each sample; `KeyError` where the data has none."""
-        return [Scene.from_json(meta["scene"]) for meta in self.meta]
-
 
 @dataclass(frozen=True)
 class Grouping:
-    """Samples of like length in one step.
+    """Samples of similar length in one step.
 
     Attributes:
-        length: of a sample, by its caption.
-        step_size: samples in one optimizer step, over all processes and micro-batches: so many stay together
-            whatever number of processes and micro-batches shares them.
-        window: steps whose samples change places.
+        length: the length of a sample, computed from its caption.
+        step_size: samples in one optimizer step, over all ranks and micro-batches. They stay together, however many
+            ranks and micro-batches share them.
+        window: number of steps whose samples change places.
     """
 
     length: Callable[[str | None], int]
@@ -66,7 +69,7 @@ class Grouping:
 
 
 class _Order:
-    """Where the n-th sample of an endless training lies. Holds one epoch's shards and one shard's samples."""
+    """The position of the n-th sample of an endless training. It keeps the order of one epoch and of one shard."""
 
     def __init__(self, counts: list[int], seed: int) -> None:
         self._counts, self._seed, self._samples = counts, seed, sum(counts)
@@ -92,7 +95,7 @@ class _Order:
 
 @dataclass
 class _Loaded:
-    """A shard in memory; the encoded bytes of `pixels[i]` are dropped once it is decoded."""
+    """A shard in memory. When sample i has been decoded into `pixels[i]`, its encoded bytes are dropped."""
 
     samples: list[Sample]
     pixels: list[Pixels | None]
@@ -106,14 +109,14 @@ class ShardLoader:
     Args:
         data: the data folder (with manifest.json).
         split: its split.
-        batch_size: samples of one global batch, over all processes; divisible by `world_size`.
-        seed: of the order.
-        with_images: False: no image is decoded and `Batch.images` is None.
-        rank, world_size: this process takes its contiguous part of each global batch.
-        grouping: samples of like length together; its `step_size` is a multiple of `batch_size`.
-        extra: tensors to join, such as cached latents; asked once for each shard that is loaded.
-        memory: bytes of shards that stay decoded between epochs, least recently used out first. The shard in
-            use stays in encoded form whatever its size.
+        batch_size: samples of one global batch, over all ranks; divisible by `world_size`.
+        seed: decides the order.
+        with_images: if False, no image is decoded and `Batch.images` is None.
+        rank, world_size: this rank takes its contiguous part of each global batch.
+        grouping: puts samples of similar length together; its `step_size` is a multiple of `batch_size`.
+        extra: gives the tensors that are joined, such as cached latents; called once for each shard that is loaded.
+        memory: bytes of shards that stay decoded between epochs; the least recently used shard is dropped first. The
+            shard in use stays in encoded form whatever its size.
 
     Raises:
         DataError: no manifest, no such split, an empty split.
@@ -151,7 +154,7 @@ class ShardLoader:
         return list(self._entries)
 
     def batches(self, start_step: int = 0) -> Iterator[Batch]:
-        """Endless batches from the global batch `start_step` on; they run across shard and epoch borders."""
+        """Endless batches from the global batch `start_step` on. A batch may span two shards or two epochs."""
         step = start_step
         local = self._batch_size // self._world_size
         order = _Order([entry.samples for entry in self._entries], self._seed)
@@ -162,7 +165,7 @@ class ShardLoader:
             step += 1
 
     def _grouped(self, order: _Order, grouping: Grouping) -> Callable[[int], _Position]:
-        """The order after the samples of each window have changed places; holds one window."""
+        """The order after the samples of each window have changed places; keeps one window."""
         size = grouping.step_size * grouping.window
         held: tuple[int, list[_Position]] = (-1, [])
 
@@ -183,7 +186,7 @@ class ShardLoader:
     def iterate(self, limit: int | None = None) -> Iterator[Batch]:
         """The split once, in file order, in batches of `batch_size` (the last may be smaller).
 
-        `limit` stops after so many samples. `rank` plays no part: each process sees all.
+        `limit`: the largest number of samples. `rank` is ignored: each rank sees all samples.
         """
         places = ((i, j) for i, entry in enumerate(self._entries) for j in range(entry.samples))
         chosen: list[_Position] = []
@@ -276,3 +279,28 @@ def _without_image(sample: Sample) -> Sample:
 
 def _size(pixels: Pixels) -> str:
     return f"{pixels.shape[1]}x{pixels.shape[0]}"
+
+
+T = TypeVar("T")
+
+_AHEAD = 2  # batches; more would only hold memory
+
+
+def prefetched(items: Iterator[T], device: torch.device) -> Iterator[T]:
+    """Yield `items` in their order; for a device other than the CPU, a thread fetches each item in advance.
+
+    A GPU then does not wait for shards to be read and images to be decoded. On a CPU the thread would only take cores
+    from the training. An error of `items` is raised where its item would have been yielded.
+    """
+    if device.type == "cpu":
+        yield from items
+        return
+    end = object()
+    thread = ThreadPoolExecutor(1, "prefetch")
+    try:
+        waiting = deque(thread.submit(next, items, end) for _ in range(_AHEAD))
+        while (item := waiting.popleft().result()) is not end:
+            waiting.append(thread.submit(next, items, end))
+            yield item  # type: ignore[misc]  # not `end`
+    finally:
+        thread.shutdown(cancel_futures=True)

@@ -1,9 +1,9 @@
 """Shards on disk and how they are read: webdataset tars, a table of samples and a manifest.
 
-A data folder holds `manifest.json` and for each split a folder of `00000.tar, 00001.tar ...` with
-`samples.parquet` beside them. A sample's key is 5 digits of its shard and 4 of its index, its members are
-`KEY.png` (or jpg, webp), `KEY.txt` (the caption; may be absent) and `KEY.json`. webdataset does not notice a
-tar that was cut between two members, so a shard is read against the manifest.
+A data folder holds `manifest.json` and for each split a folder with `00000.tar`, `00001.tar` ... and
+`samples.parquet`. A sample's key is 5 digits of its shard and 4 of its index. Its members are
+`KEY.png` or `KEY.jpg`, `KEY.txt` (the caption; may be absent) and `KEY.json`. webdataset does not notice a
+tar that was cut between two members, so each shard is compared with the manifest.
 """
 
 import functools
@@ -17,21 +17,19 @@ from typing import Any, Literal
 from pydantic import ValidationError
 
 from vlv.config import Section
-from vlv.data import pointer as dvc_pointer
-from vlv.io import files
+from vlv.io import files, pin
 
-IMAGE_EXTENSIONS = ("png", "jpg", "jpeg", "webp")
 MANIFEST, TABLE = "manifest.json", "samples.parquet"
 REMEDY = "Restore the data with: vlv data download (own images: dvc checkout data.dvc)"
 
 
 class DataError(RuntimeError):
-    """Data that is not what its manifest says; the message names the file, the sample and the remedy."""
+    """The data is not what its manifest says. The message names the file, the sample and the remedy."""
 
 
 @dataclass(frozen=True)
 class Sample:
-    """A sample as read: `image` holds encoded bytes, `meta` the content of KEY.json."""
+    """A sample as it is read. `image` holds encoded bytes, `meta` the content of KEY.json."""
 
     key: str
     image: bytes
@@ -50,7 +48,7 @@ class ShardEntry(Section):
 
 
 class SplitEntry(Section):
-    """What the manifest says about one split; `table_sha256` is that of its samples.parquet."""
+    """What the manifest says about one split; `table_sha256` is the hash of its samples.parquet."""
 
     samples: int
     shards: list[ShardEntry]
@@ -58,7 +56,7 @@ class SplitEntry(Section):
 
 
 class Manifest(Section):
-    """manifest.json: `source` records what the data was made from (compared before it is made again)."""
+    """manifest.json. `source` records what the data was made from; it is compared before the data is made again."""
 
     format: Literal[1] = 1
     source: dict[str, Any]
@@ -81,17 +79,17 @@ def read_manifest(data: Path) -> Manifest:
 
 
 def scan_shard(path: Path) -> Iterator[Sample]:
-    """The samples of a tar, in file order, without a look at the manifest; nothing is decoded.
+    """The samples of a tar in file order. The manifest is not read and no image is decoded.
 
     Raises:
-        DataError: at the point where the tar is damaged; the samples before it have been yielded.
+        DataError: the tar is damaged; the samples before the damage have been yielded.
     """
-    import webdataset  # brings torch along: seconds that whoever only verifies need not wait
+    import webdataset  # imports torch: some seconds that a mere verification does not need
 
     webdataset.utils.enforce_security = True  # otherwise a name such as "pipe:..." would run a shell
     last = "the start"
     try:
-        # Our own stream, so that no file name is ever taken for a URL or a pattern.
+        # We open the file ourselves, so that webdataset never reads a file name as a URL or a pattern.
         with path.open("rb") as stream:
             source = [{"url": str(path), "stream": stream}]
             members = webdataset.tariterators.tar_file_expander(source)
@@ -102,14 +100,16 @@ def scan_shard(path: Path) -> Iterator[Sample]:
     except FileNotFoundError as error:
         raise DataError(f"Shard {path} is missing. {REMEDY}") from error
     except (tarfile.TarError, OSError, EOFError, ValueError) as error:
-        # webdataset appends the stream to the message, and stream and URL to the arguments
+        # webdataset appends the stream to the message, and the stream and the URL to the arguments
         reason = str(error.args[0] if error.args else error).partition(" @ ")[0]
         raise DataError(f"Shard {path} is damaged after {last}: {reason}. {REMEDY}") from error
 
 
 def _sample(raw: dict[str, Any], path: Path) -> Sample:
+    from vlv.io import images  # imports torch, as webdataset does
+
     key = raw["__key__"]
-    found = [extension for extension in IMAGE_EXTENSIONS if extension in raw]
+    found = [extension for extension in raw if f".{extension}" in images.SUFFIXES]
     if len(found) != 1:
         raise DataError(f"Shard {path}, sample {key}: {len(found)} images instead of one. {REMEDY}")
     try:
@@ -123,10 +123,10 @@ def _sample(raw: dict[str, Any], path: Path) -> Sample:
 
 
 def read_shard(path: Path, expected: ShardEntry) -> list[Sample]:
-    """All samples of a shard that is what its manifest says (hashed once a process, and again if it changes).
+    """All samples of a shard. The shard is hashed once per process, and again if the file changes.
 
     Raises:
-        DataError: missing, another size or hash, damaged, or another number of samples.
+        DataError: the shard is missing or damaged, or its size, hash or number of samples is not the manifest's.
     """
     _check_shard(path, expected)
     samples = list(scan_shard(path))
@@ -152,12 +152,13 @@ def _hash_once(path: Path, _modified: int, _inode: int) -> str:
 
 
 def verify(data: Path, pointer: Path | None) -> None:
-    """Check every file against manifest.json and, where given, the whole folder against data.dvc; read-only.
+    """Compare every file with manifest.json and, if `pointer` is given, the whole folder with data.dvc. Only reads.
 
     Each file is hashed once.
 
     Raises:
-        DataError: naming the first shard or table that differs, a file too many, or the folder.
+        DataError: names the first shard or table that is missing or differs, a file that does not belong to the data,
+            or the folder.
     """
     manifest = read_manifest(data)
     expected: dict[str, str] = {}
@@ -172,12 +173,12 @@ def verify(data: Path, pointer: Path | None) -> None:
     if strange:
         raise DataError(f"{data / strange[0]} is not in the manifest. Remove it, or: vlv data download")
     with ThreadPoolExecutor(4) as pool:
-        hashes = dict(zip(found, pool.map(lambda name: dvc_pointer.hash_file(data / name), found), strict=True))
+        hashes = dict(zip(found, pool.map(lambda name: pin.hash_file(data / name), found), strict=True))
     for name, digest in expected.items():
         if hashes[name].sha256 != digest:
             raise DataError(f"{data / name} has sha256 {hashes[name].sha256}, its manifest says {digest}. {REMEDY}")
     if pointer is not None:
-        problem = dvc_pointer.compare(pointer, {name: both.md5 for name, both in hashes.items()})
+        problem = pin.difference(pointer, {name: both.md5 for name, both in hashes.items()})
         if problem:
             raise DataError(
                 f"{data} is not the version that {pointer} pins: {problem}. {REMEDY}. "

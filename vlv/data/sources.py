@@ -1,129 +1,99 @@
-"""Where data/ comes from: emoji scenes drawn on the spot, or own images (vlv.data.import_).
+"""Where data/ comes from: drawn by a module of its own, such as emoji scenes, or imported (vlv.data.import_).
 
-Both write the same shards. Equal input gives equal bytes, so that data.dvc can pin a folder that is nowhere
-stored and made again on each machine.
+Both write the same shards. Equal input gives equal bytes, so data.dvc can pin a folder that is stored nowhere and
+is made again on each machine.
 """
 
+import importlib
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, get_args
-
-import numpy as np
+from typing import Any
 
 from vlv import config
 from vlv.data import shards, writer
 from vlv.data.shards import DataError, Manifest
 from vlv.data.writer import Progress, Record
-from vlv.io import assets, files, images
-from vlv.tiny import scenes
+from vlv.io import files
 
 logger = logging.getLogger(__name__)
 
-# Raise it when vlv.tiny.scenes draws or writes differently: data made before is then made again.
-_SCENES_VERSION = 1
-# What a manifest that does not say so was made with; not written, so that data made before keeps its bytes.
-_BEFORE = {"resize": "bicubic"}
+# Kind of a drawn source -> the module that draws it, imported by this name when it is needed. The module has
+# `VERSION` (an int; another version makes the data again) and `draw(wanted, paths, progress) -> Drawn`. No stage
+# runs this code, so it is no root of a stage's inputs: the stages depend on the bytes of data/.
+_DRAWN = {"scenes": "vlv.tiny.scene_source"}
+# The settings of data whose manifest does not name them. They are not written, so older data keeps its bytes.
+_DEFAULTS = {"resize": "bicubic"}
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """What a source draws: the records of each split, and what the manifest says about them besides the settings."""
+
+    splits: Mapping[str, Iterable[Record]]
+    about: dict[str, Any]
 
 
 def materialise(wanted: config.Data, paths: config.Paths, data: Path, progress: Progress | None = None) -> Manifest:
-    """Make `data` as the configuration says, unless it is there already and intact. Swapped in as a whole.
+    """Make `data` as the configuration says, unless it is there already and intact. It is put in place as a whole.
 
-    Imported images cannot be made: they are only verified.
+    Imported images cannot be made, so they are only verified.
 
     Raises:
         DataError: imported images that are missing, damaged, or were cut to another size.
-        AssetError: the sprites cannot be had.
+        AssetError: the pictures that a source draws with cannot be had.
     """
-    source = describe(wanted)
-    if isinstance(wanted.source, config.ImportedSource):
-        return _imported(data, source)
+    settings = describe(wanted)
+    if wanted.source.kind == "imported":
+        return _imported(data, settings)
     try:
         manifest = shards.read_manifest(data)
-        if _other(manifest, source) is None:
+        if _difference(manifest, settings) is None:
             shards.verify(data, None)
             return manifest
         logger.info("%s was made with other settings: making it again", data)
     except DataError as error:
         if data.exists():
             logger.info("Making %s again: %s", data, error)
-    return _draw_all(wanted, wanted.source, paths, data, progress)
+    drawn: Drawn = _module(wanted).draw(wanted, paths, progress)
+    with files.atomic_folder(data) as folder:
+        splits = {
+            split: writer.write_split(folder / split, records, wanted.shard_size)
+            for split, records in drawn.splits.items()
+        }
+        manifest = Manifest(source=settings | drawn.about, splits=splits)
+        writer.write_manifest(folder, manifest)
+    return manifest
 
 
 def describe(wanted: config.Data) -> dict[str, Any]:
     """What decides the bytes of the data."""
     sizes: dict[str, Any] = {"image_size": wanted.image_size, "shard_size": wanted.shard_size}
-    if wanted.resize != _BEFORE["resize"]:
+    if wanted.resize != _DEFAULTS["resize"]:
         sizes["resize"] = wanted.resize
-    if isinstance(wanted.source, config.ImportedSource):
+    if wanted.source.kind == "imported":
         return {"kind": "imported"} | sizes
-    return wanted.source.model_dump() | sizes | {"version": _SCENES_VERSION}
+    return wanted.source.model_dump() | sizes | {"version": _module(wanted).VERSION}
 
 
-def _other(manifest: Manifest, source: dict[str, Any]) -> str | None:
-    """The first thing in which the data that is there differs from what is wanted."""
-    made, wanted = {**_BEFORE, **manifest.source}, {**_BEFORE, **source}
+def _module(wanted: config.Data) -> Any:
+    return importlib.import_module(_DRAWN[wanted.source.kind])
+
+
+def _difference(manifest: Manifest, settings: dict[str, Any]) -> str | None:
+    """The first setting in which the data that is there differs from what is wanted."""
+    made, wanted = {**_DEFAULTS, **manifest.source}, {**_DEFAULTS, **settings}
     return next((key for key, value in wanted.items() if made.get(key) != value), None)
 
 
-def _imported(data: Path, source: dict[str, Any]) -> Manifest:
+def _imported(data: Path, settings: dict[str, Any]) -> Manifest:
     manifest = shards.read_manifest(data)
-    if (key := _other(manifest, source)) is not None:
-        found, value = ({**_BEFORE, **about}.get(key) for about in (manifest.source, source))
+    if (key := _difference(manifest, settings)) is not None:
+        found, value = ({**_DEFAULTS, **about}.get(key) for about in (manifest.source, settings))
         raise DataError(
             f"{data} has {key} {found!r}, but params.yaml says {value!r}. "
             "Import the images again: vlv data import FOLDER"
         )
     shards.verify(data, None)
     return manifest
-
-
-def _draw_all(
-    wanted: config.Data,
-    source: config.ScenesSource,
-    paths: config.Paths,
-    data: Path,
-    progress: Progress | None,
-) -> Manifest:
-    sprites = assets.resolve(source.sprites, paths)
-    painter = scenes.Painter(sprites)
-    with files.atomic_folder(data) as folder:
-        splits = {}
-        for index, split in enumerate(get_args(scenes.Split)):
-            count: int = getattr(source, split)
-            rng = np.random.default_rng([source.seed, index])
-            records = _draw(split, count, rng, painter, wanted, progress)
-            splits[split] = writer.write_split(folder / split, records, wanted.shard_size)
-        about = describe(wanted) | {"sprites_sha256": assets.describe(source.sprites, sprites)["sha256"]}
-        manifest = Manifest(source=about, splits=splits)
-        writer.write_manifest(folder, manifest)
-    return manifest
-
-
-def _draw(
-    split: scenes.Split,
-    count: int,
-    rng: np.random.Generator,
-    painter: scenes.Painter,
-    wanted: config.Data,
-    progress: Progress | None,
-) -> Iterator[Record]:
-    """`count` scenes of different specifications; a smaller count gives the first ones of a larger."""
-    drawn = scenes.specifications(split, rng, unique=True)
-    for number in range(count):
-        scene = next(drawn)
-        pixels = images.resize_crop(painter.draw(scene, rng), wanted.image_size, wanted.resize)
-        height, width = pixels.shape[:2]
-        yield Record(
-            url=f"scene:{split}/{number}",
-            image=images.encode_png(pixels),
-            caption=scenes.write_caption(scene, rng),
-            width=width,
-            height=height,
-            original_width=scenes.SIZE,
-            original_height=scenes.SIZE,
-            mode="RGB",
-            meta={"scene": scene.to_json(), "novel_pair": scenes.has_held_out_pair(scene)},
-        )
-        if progress is not None and ((number + 1) % 500 == 0 or number + 1 == count):
-            progress(split, number + 1, count)

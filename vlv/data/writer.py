@@ -1,4 +1,4 @@
-"""Writes shards: tars, table and manifest (vlv.data.shards has the form). Equal records give equal bytes."""
+"""Writes shards: tars, table and manifest (vlv.data.shards describes them). Equal records give equal bytes."""
 
 import json
 import tarfile
@@ -14,24 +14,24 @@ import pyarrow.parquet as pq
 from vlv.data.shards import MANIFEST, TABLE, Manifest, ShardEntry, SplitEntry
 from vlv.io import files
 
-# Called now and then with what is made, how many are done, and of how many.
+# Called from time to time: what is being made, how many are done, how many there are in all.
 Progress = Callable[[str, int, int], None]
 
-# Columns as img2dataset's, then ours. Failed samples have a row too, with no key.
+# The columns of img2dataset, then ours. A failed sample has a row too, without a key.
 TABLE_SCHEMA = pa.schema(
     [(name, pa.string()) for name in ("key", "url", "caption", "status", "error_message")]
     + [(name, pa.int64()) for name in ("width", "height", "original_width", "original_height")]
     + [(name, pa.string()) for name in ("sha256", "mode", "shard")]
 )
-# What KEY.json has besides a record's `meta`.
+# What we write into KEY.json besides the `meta` of a record.
 WRITTEN = frozenset({"width", "height", "source", "sha256"})
 
 
 @dataclass(frozen=True)
 class Record:
-    """A sample on its way into a shard; `image` None: a failed one, of which only the table keeps a row.
+    """A sample that is about to be written. With `image` None it is a failed sample: only the table gets a row.
 
-    Sizes are in pixels. `url` says where the image came from, `meta` goes into KEY.json as it is.
+    Sizes are in pixels. `url` says where the image came from; `meta` goes into KEY.json unchanged.
     """
 
     url: str
@@ -49,9 +49,9 @@ class Record:
 
 
 class ShardWriter:
-    """Writes shard `number` into `folder`, sample by sample; only the rows of its table are kept in memory.
+    """Writes shard `number` into `folder`, sample by sample. Memory holds only the rows of its table.
 
-    No tar is made as long as no sample has an image.
+    The tar is made with the first sample that has an image.
     """
 
     def __init__(self, folder: Path, number: int) -> None:
@@ -63,7 +63,7 @@ class ShardWriter:
         self.rows: list[dict[str, Any]] = []
 
     def add(self, record: Record) -> None:
-        """Append a record: its members to the tar (a failed one has none) and its row to `rows`."""
+        """Append a record: its members to the tar (a failed sample has none) and its row to `rows`."""
         row: dict[str, Any] = {name: getattr(record, name, None) for name in TABLE_SCHEMA.names}
         if record.image is not None:
             if self._tar is None:
@@ -80,7 +80,7 @@ class ShardWriter:
         self.rows.append(row)
 
     def finish(self) -> ShardEntry | None:
-        """Close the tar; what the manifest says about it, None if there is no sample."""
+        """Close the tar and return its entry for the manifest; None if it has no sample."""
         if self._tar is None:
             return None
         self._tar.close()
@@ -98,23 +98,23 @@ def _members(record: Record, image: bytes, digest: str) -> dict[str, bytes]:
 
 
 def to_json(meta: dict[str, Any]) -> bytes:
-    """What KEY.json holds, keys sorted.
+    """The bytes of KEY.json, with sorted keys.
 
     Raises:
-        ValueError: it has NaN, Infinity or half characters (lone surrogates), which no JSON file may hold.
+        ValueError: NaN, Infinity or a lone surrogate, which no JSON file may hold.
     """
     return json.dumps(meta, sort_keys=True, ensure_ascii=False, allow_nan=False).encode()
 
 
 def open_table(path: Path) -> pq.ParquetWriter:
-    """A table of samples to write. No compression: two builds of one codec may write different bytes."""
+    """Open a table of samples for writing. It is not compressed: two builds of a codec may write different bytes."""
     return pq.ParquetWriter(path, TABLE_SCHEMA, compression="none", store_schema=False)
 
 
 def write_split(folder: Path, records: Iterable[Record], shard_size: int) -> SplitEntry:
-    """Write the records in their order as tars of `shard_size` samples and a table; one sample in memory.
+    """Write the records, in their order, as tars of `shard_size` samples and a table. Memory holds one sample.
 
-    `folder` must be new or empty and belongs to a folder that is swapped in as a whole (files.atomic_folder).
+    `folder` must be new or empty, inside a folder that is put in place as a whole (files.atomic_folder).
     """
     if not 0 < shard_size <= 10_000:
         raise ValueError(f"shard_size {shard_size}: a key has 4 digits for the index, so 1 to 10000")
@@ -131,7 +131,7 @@ def write_split(folder: Path, records: Iterable[Record], shard_size: int) -> Spl
 
 
 def _filled(folder: Path, records: Iterable[Record], shard_size: int) -> Iterator[ShardWriter]:
-    """Shards of `shard_size` good records each; failed ones come along."""
+    """Shards of `shard_size` samples each; the failed samples between them are added too."""
     number, shard = 0, ShardWriter(folder, 0)
     for record in records:
         if record.image is not None and shard.samples == shard_size:
@@ -144,5 +144,5 @@ def _filled(folder: Path, records: Iterable[Record], shard_size: int) -> Iterato
 
 
 def write_manifest(data: Path, manifest: Manifest) -> None:
-    """Write manifest.json; last of all, since it vouches for the rest."""
+    """Write manifest.json. It must be the last file that is written, because readers trust it."""
     files.write_json(data / MANIFEST, manifest.model_dump())

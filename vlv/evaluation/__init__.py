@@ -1,1 +1,1 @@
-"""Evaluation: captions counted against the known truth, reconstructions against ceilings and floors."""
+"""Evaluation: the table of metrics, their intervals and networks, and the plots and cards made of them."""

@@ -8,16 +8,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from vlv import config
-from vlv import rng as draws
+from vlv import config, rng
 from vlv.config import Config, Paths
 from vlv.dropout import Masks
 from vlv.io import images
 from vlv.io.preprocessing import Preprocessing
-from vlv.models import build as pretrained
-from vlv.models import saved as folders
-from vlv.models.conditioners.base import Context
-from vlv.models.decoders.base import Decoder
+from vlv.models import build, saved
+from vlv.models.decoders.base import Context, Decoder
 from vlv.models.encoder import CaptionEncoder
 
 KIND = "autoencoder"
@@ -26,18 +23,18 @@ PARTS = ["encoder", "decoder"]
 
 @dataclass(frozen=True)
 class Stage1Batch:
-    """What Stage 1 needs of B images, in one of two forms each.
+    """What Stage 1 needs of B images: pixels, or what the frozen parts made of them.
 
     Attributes:
         images: (B, 3, H, W) uint8; None where features and latents are cached.
-        features: vision tower's (B, T, D), if cached.
-        latent_mean, latent_spread: the VAE's (B, c, h, w), if cached.
+        features: (B, T, D) of the vision tower, if cached.
+        latent_mean, latent_std: (B, c, h, w) of the VAE, if cached.
     """
 
     images: torch.Tensor | None
     features: torch.Tensor | None = None
     latent_mean: torch.Tensor | None = None
-    latent_spread: torch.Tensor | None = None
+    latent_std: torch.Tensor | None = None
 
     def __len__(self) -> int:
         known = self.images if self.images is not None else self.features
@@ -49,7 +46,7 @@ class Autoencoder(nn.Module):
     """Encoder and frozen decoder; its forward is the Stage 1 loss.
 
     Args:
-        settings: how the loss is drawn; None for a model that only reconstructs.
+        settings: those of Stage 1, for the loss; None for a model that only reconstructs.
     """
 
     def __init__(self, encoder: CaptionEncoder, decoder: Decoder[Any], settings: config.Stage1 | None = None) -> None:
@@ -67,10 +64,10 @@ class Autoencoder(nn.Module):
         masks = self.encoder.masks(generator, len(batch))
         features = batch.features.to(self.device) if batch.features is not None else self._features(batch, masks)
         context = self.decoder.condition(self.encoder(features.float(), masks).float())
-        mean, spread = self._latents(batch)
+        mean, std = self._latents(batch)
         repeats = self.settings.draws_per_image
-        mean, spread, context = (x.repeat_interleave(repeats, 0) for x in (mean, spread, context))
-        latents = mean + spread * draws.normal(mean.shape, generator).to(mean)
+        mean, std, context = (x.repeat_interleave(repeats, 0) for x in (mean, std, context))
+        latents = mean + std * rng.normal(mean.shape, generator).to(mean)
         return self.decoder.loss(
             latents, context, generator, self.settings.timesteps, self.settings.loss, self.settings.same_noise
         ).mean()
@@ -81,11 +78,11 @@ class Autoencoder(nn.Module):
 
     @torch.no_grad()
     def _latents(self, batch: Stage1Batch) -> tuple[torch.Tensor, torch.Tensor]:
-        if batch.latent_mean is not None and batch.latent_spread is not None:
-            return batch.latent_mean.to(self.device).float(), batch.latent_spread.to(self.device).float()
+        if batch.latent_mean is not None and batch.latent_std is not None:
+            return batch.latent_mean.to(self.device).float(), batch.latent_std.to(self.device).float()
         assert batch.images is not None
-        mean, spread = self.decoder.encode(batch.images)
-        return mean.float(), spread.float()
+        mean, std = self.decoder.encode(batch.images)
+        return mean.float(), std.float()
 
     @torch.no_grad()
     def context(self, batch: torch.Tensor) -> torch.Tensor | Context:
@@ -101,9 +98,9 @@ class Autoencoder(nn.Module):
         seed: int = 42,
         batch_size: int = 50,
     ) -> list[images.Pixels]:
-        """Draw pictures (H, W, 3) uint8 of any size anew from their embeddings, as (S, S, 3) uint8.
+        """Reconstruct pictures (H, W, 3) uint8 of any size from their embeddings, as (S, S, 3) uint8.
 
-        Picture i has seed `seed + i`, so that a picture's result does not depend on the batch size.
+        Picture i has the seed `seed + i`, so that a result does not depend on the batch size.
         """
         result: list[images.Pixels] = []
         for i in range(0, len(pictures), batch_size):
@@ -116,35 +113,35 @@ class Autoencoder(nn.Module):
     def save(self, folder: Path, settings: Config, paths: Paths, card: str) -> None:
         """Write the trained tensors and the names of the frozen parts."""
         learned = {n: p for n, p in self.encoder.named_parameters() if p.requires_grad}
-        folders.save(folder, KIND, settings, paths, PARTS, learned, card)
+        saved.save(folder, KIND, settings, paths, PARTS, learned, card)
 
     @staticmethod
     def build(settings: Config, paths: Paths) -> "Autoencoder":
         """Pretrained parts with new queries and projection, seeded by stage1.seed."""
         torch.manual_seed(settings.stage1.seed)
-        decoder = pretrained.decoder(settings.decoder, paths)
+        decoder = build.decoder(settings.decoder, paths)
         encoder = build_encoder(settings, decoder.conditioner.width, paths)
-        encoder.set_learning(settings.stage1.learn)
+        encoder.set_trainable(settings.stage1.trained_parts)
         return Autoencoder(encoder, decoder, settings.stage1)
 
     @staticmethod
     def load(folder: Path, paths: Paths | None = None) -> "Autoencoder":
-        """Strictly, from a folder that `save` or `folders.bundle` wrote.
+        """Load strictly from a folder that `save` or `saved.bundle` wrote.
 
         Raises:
             ModelFolderError: another kind of folder, other keys, or other pretrained parts.
         """
-        saved = folders.read(folder, KIND)
-        root = folders.parts_root(folder, saved, paths or Paths(folder))
-        model = Autoencoder.build(saved.config, root)
+        found = saved.read(folder, KIND)
+        root = saved.parts_root(folder, found, paths or Paths(folder))
+        model = Autoencoder.build(found.config, root)
         learned = {n for n, p in model.encoder.named_parameters() if p.requires_grad}
-        folders.restore(model.encoder, learned, folder)
+        saved.restore(model.encoder, learned, folder)
         return model.requires_grad_(False).eval()
 
 
 def build_encoder(settings: Config, width: int, paths: Paths) -> CaptionEncoder:
-    """The encoder with new queries and projection, started on the text side where the configuration says so."""
+    """The encoder with new queries and a new projection, which may start on the text side, as configured."""
     statistics = None
     if settings.encoder.start_on_text_side:
-        statistics = pretrained.text_statistics(settings.decoder, paths, settings.encoder.queries)
-    return pretrained.encoder(settings.encoder, Preprocessing.of(settings), width, paths, statistics)
+        statistics = build.text_statistics(settings.decoder, paths, settings.encoder.queries)
+    return build.encoder(settings.encoder, Preprocessing.of(settings), width, paths, statistics)

@@ -1,75 +1,232 @@
-"""Building the pretrained parts that the configuration names.
+"""Building the pretrained parts: from their weights, or the same architecture with new weights.
 
-What is particular to a kind of decoder stands in that kind's modules, `vlv.models.decoders.KIND` and
-`vlv.models.conditioners.KIND`; only the configured kind is imported.
+Weights are safetensors. Nothing here unpickles or runs code that lies in a model folder. `weights: random` gives the
+same weights every time, so that a control or a test can be repeated.
+
+What is particular to a kind of decoder stands in that kind's module, and only the module of the configured kind is
+imported.
 """
 
 import importlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, TypeVar, cast
 
 import safetensors.torch
 import torch
+from pydantic import ValidationError
 from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
+    AutoTokenizer,
     Florence2Config,
     Florence2ForConditionalGeneration,
-    PreTrainedModel,
     PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
 )
+from transformers.utils import logging
 
 from vlv import config
-from vlv.config import Paths
+from vlv.config import ConfigError, Paths, Section
 from vlv.io import assets
 from vlv.io.preprocessing import Preprocessing
-from vlv.models import encoder as encoders
-from vlv.models import loading
-from vlv.models.conditioners.base import Conditioner
-from vlv.models.decoders.base import Decoder
-from vlv.models.encoder import CaptionEncoder, Projection
-from vlv.models.loading import PretrainedError
+from vlv.models.decoders.base import Conditioner, Decoder
+from vlv.models.encoder import CaptionEncoder, Projection, processor_statistics, tokenize_prompt
 
-# What the text side expects at its input ("embedding") and gives at its output ("context"): mean and spread of
-# each position, each (T, W). Shipped with a teacher, made from text alone.
+logging.disable_progress_bar()  # parts load in moments; a bar for each would hide what takes long
+
+# What the text side takes at its input ("embedding") and gives at its output ("context"): mean and std of each
+# position, each (T, W). It is shipped with a text-to-image model and made from text alone.
 STATISTICS = "text_statistics.safetensors"
+_RANDOM_SEED = 20250710
+
+
+class PretrainedError(RuntimeError):
+    """A pretrained part that cannot be built; the message names the folder and what is wrong."""
 
 
 def folder_of(section: config.Encoder | config.Decoder | config.LanguageModel, paths: Paths) -> Path:
-    """Where the part lies; with random weights the folder that describes its architecture is enough."""
+    """The part's folder. With random weights it is the folder of the architecture, where the section names one."""
     if section.weights == "random" and section.architecture:
         return assets.resolve(section.architecture, paths)
     return assets.resolve(section.pretrained, paths)
 
 
+@contextmanager
+def building(what: str, folder: Path, weights: config.Weights) -> Iterator[None]:
+    """Wrap the building of a part: seed torch where its weights are random, and name the part in errors.
+
+    Raises:
+        PretrainedError: the part cannot be built; `what` and `folder` say which one.
+    """
+    with torch.random.fork_rng(devices=[]):
+        if weights == "random":
+            torch.manual_seed(_RANDOM_SEED)
+        try:
+            yield
+        except (PretrainedError, ConfigError):
+            raise  # it names the inner part or the setting already
+        except Exception as error:  # the libraries raise errors of any kind for a damaged folder
+            first = (str(error).strip() or type(error).__name__).split("\n")[0]
+            if "trust_remote_code" in str(error):
+                first = (
+                    "its config.json names code of its own (auto_map), which is never run here. Choose a model that "
+                    "transformers has a class for."
+                )
+            raise PretrainedError(f"{what} could not be built from {folder}: {first}") from error
+
+
+def diffusers_part(cls: Any, folder: Path, name: str, weights: config.Weights) -> Any:
+    """The part `name` of a diffusers folder, of the diffusers class `cls`, in float32."""
+    with building(name, folder, weights):
+        if weights == "random":
+            return cls.from_config(cls.load_config(folder, subfolder=name), trust_remote_code=False).eval()
+        return cls.from_pretrained(
+            folder,
+            subfolder=name,
+            use_safetensors=True,
+            torch_dtype=torch.float32,
+            low_cpu_mem_usage=False,
+            trust_remote_code=False,
+        ).eval()
+
+
+def noise_schedule(cls: Any, folder: Path) -> Any:
+    """The noise schedule of a diffusers folder, of the diffusers class `cls`."""
+    with building("scheduler", folder, "pretrained"):
+        return cls.from_pretrained(folder, subfolder="scheduler", trust_remote_code=False)
+
+
+def attention() -> str:
+    """The attention implementation that transformers is asked for."""
+    # On a CPU the backward pass of the flash kernel costs more than plain products where heads are small.
+    return "sdpa" if torch.cuda.is_available() else "eager"
+
+
+def tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    """The tokenizer in `folder`."""
+    with building("tokenizer", folder, "pretrained"):
+        # tokenizer.json describes the whole tokenizer. AutoTokenizer goes by the model type in config.json instead:
+        # for a Qwen2 with another vocabulary it builds a wrong tokenizer from the same file, without a warning.
+        whole = (folder / "tokenizer.json").exists()
+        kind = PreTrainedTokenizerFast if whole else AutoTokenizer
+        loaded: PreTrainedTokenizerBase = kind.from_pretrained(folder, trust_remote_code=False)
+        return loaded
+
+
+def tokenizer_if_any(folder: Path) -> PreTrainedTokenizerBase | None:
+    """The tokenizer in `folder`; None for an architecture alone, which may come without one."""
+    return tokenizer(folder) if folder.exists() else None
+
+
+def text_encoder(cls: Any, settings_cls: Any, folder: Path, name: str, weights: config.Weights) -> Any:
+    """The text encoder `name` of a diffusers folder, of the transformers class `cls`, in float32."""
+    with building(name, folder, weights):
+        if weights == "random":
+            settings = settings_cls.from_pretrained(folder / name, trust_remote_code=False)
+            settings._attn_implementation = attention()
+            # The configuration names the dtype of the shipped weights. Without `float` new weights would be half
+            # precision too.
+            return cls(settings).float().eval()
+        return cls.from_pretrained(
+            folder / name,
+            use_safetensors=True,
+            dtype=torch.float32,
+            attn_implementation=attention(),
+            trust_remote_code=False,
+        ).eval()
+
+
+# -- decoders --------------------------------------------------------------------------------------------
+
+
+class Kind(Protocol):
+    """What the module of a kind of decoder defines: two functions that build its parts from a folder.
+
+    `folder` is where `decoder.pretrained` lies. With `weights: random` it may hold configurations alone, and `vlv plan`
+    calls both functions on the meta device.
+    """
+
+    def build_conditioner(self, section: config.Decoder, folder: Path) -> Conditioner[Any]:
+        """The text side; Stage 2 needs nothing else of a decoder."""
+        ...
+
+    def build(self, section: config.Decoder, folder: Path, conditioner: Conditioner[Any]) -> Decoder[Any]:
+        """The decoder around the conditioner that `build_conditioner` made."""
+        ...
+
+
+def kind(section: config.Decoder) -> Kind:
+    """The module of the configured kind.
+
+    Raises:
+        ConfigError: it cannot be imported, or does not define what a kind must.
+    """
+    try:
+        module = importlib.import_module(section.module)
+    except ImportError as error:
+        raise ConfigError(
+            f"decoder.kind: {section.module} cannot be imported ({error}). Install it, or start Python in the folder "
+            "that holds it."
+        ) from error
+    if missing := [name for name in ("build_conditioner", "build") if not callable(getattr(module, name, None))]:
+        raise ConfigError(
+            f"decoder.kind: {section.module} is no kind of decoder: it does not define {' and '.join(missing)}. "
+            "See docs/decoders.md."
+        )
+    return cast(Kind, module)
+
+
+Options = TypeVar("Options", bound=Section)
+
+
+def options(section: config.Decoder, known: type[Options]) -> Options:
+    """The settings that only this kind has, checked; `known` is their class (`Section` where there are none).
+
+    Raises:
+        ConfigError: an unknown option or a wrong value.
+    """
+    try:
+        return known.model_validate(section.options)
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise ConfigError(
+            f"decoder.options.{'.'.join(map(str, first['loc']))}: {first['msg']}. The options of kind {section.kind}: "
+            f"{', '.join(known.model_fields) or 'none'}"
+        ) from error
+
+
 def conditioner(section: config.Decoder, paths: Paths) -> Conditioner[Any]:
     """The frozen text side of the decoder."""
-    kind = importlib.import_module(f"vlv.models.conditioners.{section.kind}")
-    built: Conditioner[Any] = kind.build(section, folder_of(section, paths))
-    return built
+    return kind(section).build_conditioner(section, folder_of(section, paths))
 
 
 def decoder(section: config.Decoder, paths: Paths) -> Decoder[Any]:
     """The whole frozen text-to-image model."""
     folder = folder_of(section, paths)
-    kind = importlib.import_module(f"vlv.models.decoders.{section.kind}")
     text_side = conditioner(section, paths)
-    with loading.building("decoder", folder, "pretrained"):
-        built: Decoder[Any] = kind.build(section, folder, text_side)
+    with building("decoder", folder, "pretrained"):
+        built = kind(section).build(section, folder, text_side)
     return built.requires_grad_(False)
 
 
 def text_statistics(section: config.Decoder, paths: Paths, queries: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean and spread (Q, W) that the projection starts from: of what `condition` takes, at the first Q positions."""
+    """Mean and std, each (Q, W), that the projection starts from.
+
+    They are those of the first Q positions of what `condition` takes, or of the context where caption embeddings do not
+    pass the text encoder.
+
+    Raises:
+        PretrainedError: the decoder's folder has no such statistics, or has them for fewer positions.
+    """
     path = folder_of(section, paths) / STATISTICS
     if not path.exists():
         raise PretrainedError(f"{path} is missing; set encoder.start_on_text_side to false")
     tensors = safetensors.torch.load_file(path)
     side = "embedding" if section.use_text_encoder else "context"
-    mean, spread = tensors[f"{side}_mean"].float(), tensors[f"{side}_spread"].float()
+    mean, std = tensors[f"{side}_mean"].float(), tensors[f"{side}_std"].float()
     if len(mean) < queries:
         raise PretrainedError(f"{path} has {len(mean)} positions, but encoder.queries is {queries}")
-    return mean[:queries], spread[:queries]
+    return mean[:queries], std[:queries]
 
 
 def encoder(
@@ -79,59 +236,29 @@ def encoder(
     paths: Paths,
     statistics: tuple[torch.Tensor, torch.Tensor] | None,
 ) -> CaptionEncoder:
-    """Florence-2 with new queries and a new projection to `width`; draws from torch's global generator."""
+    """Florence-2 with new queries and a new projection to `width`; uses torch's global RNG."""
     folder = folder_of(section, paths)
-    attention = "eager" if section.dropout else loading.attention()  # a fused kernel draws its own masks
-    with loading.building("encoder", folder, section.weights):
+    kernel = "eager" if section.dropout else attention()  # a fused kernel makes its own dropout masks
+    with building("encoder", folder, section.weights):
         if section.weights == "random":
             settings = Florence2Config.from_pretrained(folder, trust_remote_code=False)
-            settings._attn_implementation = attention
+            settings._attn_implementation = kernel
             florence = Florence2ForConditionalGeneration(settings).float()
         else:
             florence = Florence2ForConditionalGeneration.from_pretrained(
                 folder,
                 use_safetensors=True,
                 dtype=torch.float32,
-                attn_implementation=attention,
+                attn_implementation=kernel,
                 trust_remote_code=False,
             )
-    words = loading.tokenizer(folder) if section.prompt else None
-    mean, std = encoders.processor_statistics(folder)
+    words = tokenizer(folder) if section.prompt else None
+    mean, std = processor_statistics(folder)
     projection = Projection(
         florence.config.text_config.d_model, section.projection_width, width, statistics, section.start_gain
     )
     return CaptionEncoder(
-        florence.eval(), encoders.tokenize_prompt(words, section.prompt), preprocessing, mean, std,
+        florence.eval(), tokenize_prompt(words, section.prompt), preprocessing, mean, std,
         queries=section.queries, projection=projection, query_std=section.query_std, drop_rate=section.dropout,
         drop_path=section.drop_path,
     )  # fmt: skip
-
-
-def language_model(
-    section: config.LanguageModel, paths: Paths
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
-    """The causal language model and its tokenizer; an architecture alone (weights: random) may come without words."""
-    wordless = section.weights == "random" and section.architecture is not None
-    words = None if wordless else loading.tokenizer(folder_of(section, paths))
-    return language_model_alone(section, paths), words
-
-
-def language_model_alone(section: config.LanguageModel, paths: Paths) -> PreTrainedModel:
-    """The causal language model, of any Auto class."""
-    folder = folder_of(section, paths)
-    with loading.building("language model", folder, section.weights):
-        if section.weights == "random":
-            settings = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-            model = AutoModelForCausalLM.from_config(
-                settings, attn_implementation=loading.attention(), trust_remote_code=False
-            ).float()
-        else:
-            model = AutoModelForCausalLM.from_pretrained(
-                folder,
-                use_safetensors=True,
-                dtype=torch.float32,
-                attn_implementation=loading.attention(),
-                trust_remote_code=False,
-            )
-    built: PreTrainedModel = model.eval()
-    return built

@@ -10,21 +10,17 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from vlv.config import Config, Generation, Paths
+from vlv.config import Config, Generation, Paths, Stage1, Stage2, trainable
 from vlv.dropout import Masks
 from vlv.io import images
-from vlv.models import adapters
-from vlv.models import build as pretrained
-from vlv.models import saved as folders
+from vlv.models import build, language_model, saved
 from vlv.models.autoencoder import build_encoder
-from vlv.models.cleaning import clean_up
-from vlv.models.conditioners.base import Conditioner
-from vlv.models.encoder import CaptionEncoder, Learn
+from vlv.models.caption_tokens import IGNORED
+from vlv.models.decoders.base import Conditioner
+from vlv.models.encoder import CaptionEncoder
 
 KIND = "captioner"
 PARTS = ["encoder", "decoder", "language_model"]
-
-IGNORED = -100  # label of positions without loss, as torch and transformers have it
 
 
 @dataclass(frozen=True)
@@ -54,41 +50,41 @@ class Prefix(nn.Module):
     """
 
     mean: torch.Tensor
-    spread: torch.Tensor
+    std: torch.Tensor
 
     def __init__(self, queries: int, inputs: int, hidden: int, outputs: int, *, positions: bool = True) -> None:
         super().__init__()
         self.layers = nn.Sequential(nn.Linear(inputs, hidden), nn.GELU(), nn.Linear(hidden, outputs))
         self.positions = nn.Parameter(torch.randn(1, queries, outputs) * 0.02) if positions else None
         self.register_buffer("mean", torch.zeros(queries, inputs))
-        self.register_buffer("spread", torch.ones(queries, inputs))
+        self.register_buffer("std", torch.ones(queries, inputs))
 
     @property
     def device(self) -> torch.device:
         return self.mean.device
 
-    def standardise(self, mean: torch.Tensor, spread: torch.Tensor) -> None:
-        """Measure the context against its statistics (Q, C) from now on.
+    def standardise(self, mean: torch.Tensor, std: torch.Tensor) -> None:
+        """Standardise the context with its mean and std, each (Q, C), from now on.
 
-        Most of a context is the same for all images; what tells them apart is small beside it, and a prefix that
-        sees both at their own scale learns the small part late.
+        Most of a context is the same for all images, and what differs between images is small beside it. Without
+        standardisation the prefix learns the small part late.
         """
         self.mean.copy_(mean)
-        self.spread.copy_(spread.clamp_min(1e-2))
+        self.std.copy_(std.clamp_min(1e-2))
 
     def forward(self, context: torch.Tensor) -> torch.Tensor:
-        projected: torch.Tensor = self.layers((context - self.mean) / self.spread)
+        projected: torch.Tensor = self.layers((context - self.mean) / self.std)
         return projected if self.positions is None else projected + self.positions
 
 
 class Captioner(nn.Module):
-    """Encoder, conditioning and language model. The prefix learns and, by choice, what stands on either side of it.
+    """Encoder, conditioner, prefix and language model. The prefix learns; the parts on either side of it may learn too.
 
     Args:
-        conditioner: the text side of the frozen decoder, on the embeddings' way to the context.
-        tokenizer: None for an architecture alone, which may come without words: it can learn, but not write.
-        generation: how it writes; may be replaced at any time.
-        max_caption_tokens: of a caption, where `generation` names no other maximum.
+        conditioner: the text side of the frozen decoder, which turns caption embeddings into the context.
+        tokenizer: None for an architecture that comes without one: the model can learn, but it cannot write.
+        generation: how it writes; it may be replaced at any time.
+        max_caption_tokens: the longest caption, where `generation` sets no other maximum.
     """
 
     def __init__(
@@ -117,24 +113,24 @@ class Captioner(nn.Module):
             raise ValueError("this language model was built from its architecture alone, without a tokenizer")
         return self._tokenizer
 
-    def set_learning(self, learn: str, in_encoder: Learn = "language_model", *, queries: bool = True) -> None:
-        """mlp: the prefix; mlp+llm: the language model too; mlp+lora: its adapters; mlp+llm+encoder: all of these.
+    def set_trainable(self, parts: trainable.Parts, of_encoder: trainable.Parts, *, queries: bool = True) -> None:
+        """Train the prefix and `parts` (a row of `trainable.STAGE2`); freeze everything else.
 
-        `in_encoder` says what learns in an encoder that does, `queries` whether its queries and projection do too;
-        conditioning stays frozen always.
+        `of_encoder` (a row of `trainable.STAGE1`) and `queries` say what is trained in an encoder that is among
+        `parts`. The conditioner always stays frozen.
         """
         self.requires_grad_(False)
-        if learn == "mlp+llm+encoder":
-            self.encoder.set_learning(in_encoder, queries=queries)
+        if trainable.ENCODER in parts:
+            self.encoder.set_trainable(of_encoder, queries=queries)
         self.prefix.requires_grad_(True)
-        if learn in ("mlp+llm", "mlp+llm+encoder"):
+        if trainable.LANGUAGE_MODEL in parts:
             self.language_model.requires_grad_(True)
-        elif learn == "mlp+lora":
-            adapters.set_learning(self.language_model)
+        if trainable.ADAPTERS in parts:
+            language_model.train_adapters(self.language_model)
 
-    def choose(self, settings: Config) -> None:
-        """What learns in Stage 2, as configured."""
-        self.set_learning(settings.stage2.learn, settings.stage1.learn, queries=settings.stage2.queries_learn)
+    def choose(self, stage1: Stage1, stage2: Stage2) -> None:
+        """Train in Stage 2 what the configuration says."""
+        self.set_trainable(stage2.trained_parts, stage1.trained_parts, queries=stage2.queries_learn)
 
     @torch.no_grad()
     def context(self, batch: torch.Tensor) -> torch.Tensor:
@@ -145,10 +141,10 @@ class Captioner(nn.Module):
         return self.conditioner.states(self.encoder(features, masks).float())
 
     def forward(self, batch: Stage2Batch, generator: torch.Generator) -> torch.Tensor:
-        """Mean cross-entropy of the labelled tokens; draws nothing from `generator`, whose seed decides what an encoder
-        that is computed here drops.
+        """Mean cross-entropy of the labelled tokens. The seed of `generator` decides the dropout of an encoder that is
+        computed here; no numbers are drawn from it.
 
-        Token t is predicted from the prefix and the tokens before it; the first one from the prefix alone.
+        Token t is predicted from the prefix and the tokens before it, the first token from the prefix alone.
         Logits are computed only where there is a label.
         """
         device = self.prefix.device
@@ -173,14 +169,14 @@ class Captioner(nn.Module):
         return self._context(self.encoder.features(batch.images, masks), masks)
 
     def loss_weight(self, batch: Stage2Batch) -> int:
-        """How many tokens the loss of `batch` is a mean over."""
+        """The number of tokens that the loss of `batch` is a mean over."""
         return int((batch.labels != IGNORED).sum())
 
     @torch.no_grad()
     def write(self, context: torch.Tensor | None, count: int = 1) -> list[str]:
-        """Captions for contexts (B, Q, C), as `generation` says: by default greedy, each until its <eos>.
+        """Captions for contexts (B, Q, C), written as `generation` says: by default greedily, each until its <eos>.
 
-        Without a context (None) the language model draws `count` captions alone: the floor without an image.
+        Without a context (None) the language model draws `count` captions alone: the baseline without an image.
         """
         how = self.generation
         table = self.language_model.get_input_embeddings()
@@ -198,15 +194,15 @@ class Captioner(nn.Module):
             max_new_tokens=how.max_tokens or self.max_caption_tokens,
             do_sample=context is None,
             num_beams=beams,
-            early_stopping=beams > 1,  # as the release: done once there are as many whole captions as beams
+            early_stopping=beams > 1,  # as in the release: stop once there are as many whole captions as beams
             eos_token_id=end,
             pad_token_id=self.tokenizer.pad_token_id or self.tokenizer.eos_token_id,
         )
         texts: list[str] = self.tokenizer.batch_decode(written, skip_special_tokens=True)
-        return [clean_up(text) if how.clean_up else text.strip() for text in texts]
+        return [language_model.clean_up(text) if how.clean_up else text.strip() for text in texts]
 
     def caption(self, pictures: Sequence[images.Pixels], batch_size: int = 50) -> list[str]:
-        """Caption pictures, (H, W, 3) uint8 of any size; they come to the vision tower as in training."""
+        """Caption pictures (H, W, 3) uint8 of any size, preprocessed as in training."""
         result: list[str] = []
         for i in range(0, len(pictures), batch_size):
             squares = self.encoder.preprocessing.cut(pictures[i : i + batch_size])
@@ -214,44 +210,45 @@ class Captioner(nn.Module):
         return result
 
     def save(self, folder: Path, settings: Config, paths: Paths, card: str) -> None:
-        """Write what both stages trained and the names of the frozen parts."""
-        folders.save(folder, KIND, settings, paths, PARTS, self.trained(settings), card)
+        """Write the tensors that both stages trained, and the names of the frozen parts."""
+        saved.save(folder, KIND, settings, paths, PARTS, self.trained(settings), card)
 
     def trained(self, settings: Config) -> dict[str, torch.Tensor]:
         """Tensors, by name, that Stage 1 or Stage 2 changed: what a saved captioner holds."""
-        self.encoder.set_learning(settings.stage1.learn)
+        self.encoder.set_trainable(settings.stage1.trained_parts)
         by_stage_1 = {f"encoder.{n}": p for n, p in self.encoder.named_parameters() if p.requires_grad}
-        self.choose(settings)
-        statistics = {"prefix.mean": self.prefix.mean, "prefix.spread": self.prefix.spread}
+        self.choose(settings.stage1, settings.stage2)
+        statistics = {"prefix.mean": self.prefix.mean, "prefix.std": self.prefix.std}
         return by_stage_1 | {n: p for n, p in self.named_parameters() if p.requires_grad} | statistics
 
     @staticmethod
     def build(settings: Config, paths: Paths) -> "Captioner":
         """Pretrained parts, a new encoder side and a new prefix, seeded by stage2.seed."""
         torch.manual_seed(settings.stage2.seed)
-        conditioner = pretrained.conditioner(settings.decoder, paths)
+        conditioner = build.conditioner(settings.decoder, paths)
         encoder = build_encoder(settings, conditioner.width, paths)
-        language_model, tokenizer = pretrained.language_model(settings.language_model, paths)
-        width = language_model.get_input_embeddings().weight.shape[1]
         section = settings.language_model
+        writer = language_model.build(section, paths)
+        width = writer.get_input_embeddings().weight.shape[1]
         queries = settings.encoder.queries
         prefix = Prefix(queries, conditioner.width, section.prefix_width, width, positions=section.prefix_positions)
+        words = language_model.tokenizer(section, paths)
         tokens = settings.stage2.max_caption_tokens
-        if settings.stage2.learn == "mlp+lora":
-            adapters.insert(language_model, settings.stage2.lora)
-        captioner = Captioner(encoder, conditioner, prefix, language_model, tokenizer, section.generation, tokens)
-        captioner.choose(settings)
+        if settings.stage2.trains_adapters:
+            language_model.insert_adapters(writer, settings.stage2.lora)
+        captioner = Captioner(encoder, conditioner, prefix, writer, words, section.generation, tokens)
+        captioner.choose(settings.stage1, settings.stage2)
         return captioner
 
     @staticmethod
     def load(folder: Path, paths: Paths | None = None) -> "Captioner":
-        """Strictly, from a folder that `save` or `folders.bundle` wrote.
+        """Load strictly from a folder that `save` or `saved.bundle` wrote.
 
         Raises:
             ModelFolderError: another kind of folder, other keys, or other pretrained parts.
         """
-        saved = folders.read(folder, KIND)
-        root = folders.parts_root(folder, saved, paths or Paths(folder))
-        model = Captioner.build(saved.config, root)
-        folders.restore(model, set(model.trained(saved.config)), folder)
+        found = saved.read(folder, KIND)
+        root = saved.parts_root(folder, found, paths or Paths(folder))
+        model = Captioner.build(found.config, root)
+        saved.restore(model, set(model.trained(found.config)), folder)
         return model.requires_grad_(False).eval()

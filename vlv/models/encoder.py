@@ -1,31 +1,29 @@
 """The vision encoder: images -> caption embeddings (arXiv 2507.07104).
 
-Florence-2 whose decoder reads learnable queries instead of words; its states, projected to the text encoder's
-width, are the caption embeddings.
+The decoder of Florence-2 reads learnable queries instead of words. Its states, projected to the width of the text
+encoder, are the caption embeddings.
 """
 
 from pathlib import Path
-from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 from transformers import Florence2ForConditionalGeneration, PreTrainedTokenizerBase
 
+from vlv.config import trainable
 from vlv.dropout import DropPath, Masks, dropping
 from vlv.io import files, images
 from vlv.io.preprocessing import Preprocessing
 
-Learn = Literal["language_model", "decoder_only", "all", "queries_only"]
-
 
 class Projection(nn.Module):
-    """Linear-GELU-Linear from Florence-2's width to the text side's; optionally started on the text side.
+    """Linear-GELU-Linear from the width of Florence-2 to that of the text side. It may start on the text side.
 
     Args:
-        statistics: per-position mean and spread, each (Q, W), of what the text side takes. The projection's
-            output is then normalised and starts as `mean + gain * spread * normalised`, both learned on. From
-            anywhere else the frozen decoder ignores the embeddings at first, and training sits on a plateau.
+        statistics: per-position mean and std, each (Q, W), of what the text side takes. The projection's
+            output is then normalised and starts as `mean + gain * std * normalised`; mean and std go on learning.
+            Without this the frozen decoder ignores the embeddings at first, and training stays on a plateau.
     """
 
     def __init__(
@@ -40,9 +38,9 @@ class Projection(nn.Module):
         self.layers = nn.Sequential(nn.Linear(inputs, hidden), nn.GELU(), nn.Linear(hidden, outputs))
         self.normalise = statistics is not None
         if statistics is not None:
-            mean, spread = statistics
+            mean, std = statistics
             self.mean = nn.Parameter(mean.detach().clone().float())
-            self.spread = nn.Parameter(spread.detach().clone().float() * gain)
+            self.std = nn.Parameter(std.detach().clone().float() * gain)
 
     def forward(self, states: torch.Tensor) -> torch.Tensor:
         """(B, Q, inputs) -> (B, Q, outputs)."""
@@ -50,7 +48,7 @@ class Projection(nn.Module):
         if not self.normalise:
             return projected
         normalised = F.layer_norm(projected.float(), projected.shape[-1:])
-        return self.mean + self.spread * normalised
+        return self.mean + self.std * normalised
 
 
 class CaptionEncoder(nn.Module):
@@ -58,12 +56,12 @@ class CaptionEncoder(nn.Module):
 
     Args:
         florence: the pretrained model.
-        prompt_ids: ids of the task prompt that follows the image features; may be empty.
-        preprocessing: the way of a picture to the vision tower.
-        mean, std: the image processor's, three channels, for pixels in [0, 1].
-        query_std: of the queries at the start.
-        drop_rate: dropout in the language model; drop_path: stochastic depth in the vision tower. Both act in a
-            training's forward pass alone, which hands on masks.
+        prompt_ids: ids of the task prompt that follows the image features; it may be empty.
+        preprocessing: how a picture is prepared for the vision tower.
+        mean, std: of the image processor, for three channels of pixels in [0, 1].
+        query_std: std of the queries at the start.
+        drop_rate: dropout in the language model; drop_path: stochastic depth in the vision tower. Both act only where
+            the forward pass gets masks, as it does in training.
     """
 
     mean: torch.Tensor
@@ -97,24 +95,23 @@ class CaptionEncoder(nn.Module):
         self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1), persistent=False)
 
-    def set_learning(self, learn: Learn, *, queries: bool = True) -> None:
-        """Choose what learns; everything else is frozen.
+    def set_trainable(self, parts: trainable.Parts, *, queries: bool = True) -> None:
+        """Train `parts` (a row of `trainable.STAGE1`), the queries and the projection; freeze everything else.
 
-        language_model: BART encoder and decoder, queries, projection (the released script's choice);
-        decoder_only: BART decoder, queries, projection; all: the vision tower too; queries_only: queries and
-        projection. Word embeddings learn only where a prompt uses them, the word head never (nothing reads it).
-        `queries`: False keeps queries and projection frozen.
+        Word embeddings are trained only with the text encoder, and only where a prompt uses them. The word head is
+        never trained, because nothing uses its output. `queries`: False keeps queries and projection frozen.
         """
         self.requires_grad_(False)
-        language = self.florence.model.language_model
-        match learn:
-            case "all":
-                self.florence.requires_grad_(True)
-            case "language_model":
-                language.requires_grad_(True)
-            case "decoder_only":
-                language.decoder.requires_grad_(True)
-        words = len(self.prompt_ids) > 0 and learn in ("all", "language_model")
+        model = self.florence.model
+        modules = {
+            trainable.VISION_TOWER: (model.vision_tower, model.multi_modal_projector),
+            trainable.TEXT_ENCODER: (model.language_model.encoder,),
+            trainable.TEXT_DECODER: (model.language_model.decoder,),
+        }
+        for part in parts:
+            for module in modules[part]:
+                module.requires_grad_(True)
+        words = len(self.prompt_ids) > 0 and trainable.TEXT_ENCODER in parts
         self.florence.get_input_embeddings().requires_grad_(words)
         if not words:
             self.florence.lm_head.requires_grad_(False)
@@ -122,7 +119,7 @@ class CaptionEncoder(nn.Module):
         self.projection.requires_grad_(queries)
 
     def masks(self, generator: torch.Generator, samples: int) -> Masks | None:
-        """What the encoder drops in this step of a training; None where it drops nothing."""
+        """The dropout masks of this training step; None where there is no dropout."""
         return Masks(generator, samples) if self.drop_rate or self.drop_path else None
 
     def features(self, batch: torch.Tensor, masks: Masks | None = None) -> torch.Tensor:
@@ -139,7 +136,7 @@ class CaptionEncoder(nn.Module):
         return features
 
     def encode(self, features: torch.Tensor, masks: Masks | None = None) -> torch.Tensor:
-        """Features (B, T, D) -> BART encoder states (B, T + P, D), prompt of P words appended."""
+        """Features (B, T, D) -> BART encoder states (B, T + P, D), with a prompt of P tokens appended."""
         states = features
         if len(self.prompt_ids):
             words = self.florence.get_input_embeddings()(self.prompt_ids)
@@ -153,7 +150,7 @@ class CaptionEncoder(nn.Module):
         return self.decode(self.encode(features, masks), masks)
 
     def decode(self, encoded: torch.Tensor, masks: Masks | None = None) -> torch.Tensor:
-        """BART encoder states (B, T + P, D) -> caption embeddings (B, Q, W): what the queries read in them."""
+        """BART encoder states (B, T + P, D) -> caption embeddings (B, Q, W)."""
         with dropping(masks, self.drop_rate):
             decoded = self.florence.model.language_model.decoder(
                 inputs_embeds=self.queries.to(encoded.dtype).expand(len(encoded), -1, -1),
@@ -165,9 +162,9 @@ class CaptionEncoder(nn.Module):
 
 
 def _put_drop_path(tower: nn.Module, last: float) -> None:
-    """Give each half block of the tower its rate, rising evenly from 0 to `last`, as Florence-2 was trained."""
+    """Give each half block of the tower its rate: evenly from 0 to `last`, as in the training of Florence-2."""
     halves = [part for part in tower.modules() if hasattr(part, "drop_path1")]
-    for half, rate in zip(halves, torch.linspace(0, last, len(halves)).tolist(), strict=True):
+    for half, rate in zip(halves, torch.linspace(0, last, len(halves), device="cpu").tolist(), strict=True):
         half.drop_path1, half.drop_path2 = DropPath(rate), DropPath(rate)
 
 

@@ -1,7 +1,7 @@
 """Saved models: a folder with config.json, the trained tensors as safetensors, and a card.
 
-Frozen pretrained parts are not copied but named, each with the hash of its contents. Loading is strict: the
-tensors in the file are exactly those that were trained, the parts exactly those it was trained with.
+Frozen pretrained parts are not copied. The folder names them, each with the hash of its content. Loading is strict: the
+file must hold exactly the tensors that were trained, and the parts must be the ones that the model was trained with.
 """
 
 import shutil
@@ -16,17 +16,19 @@ from pydantic import TypeAdapter, ValidationError
 from torch import nn
 from typing_extensions import TypedDict  # pydantic takes typing's own from Python 3.12 on
 
+from vlv import config
 from vlv.config import Config, Paths
+from vlv.inputs import source
 from vlv.io import assets, files
 
-# Sections that say where and how a training ran, and nothing about the model: without them the same model is the same
-# files on every machine.
+# These sections say where and how a training ran, and nothing about the model. Without them the same model gives the
+# same files on every machine.
 _MACHINE = {"compute", "tracking"}
 CONFIG, WEIGHTS, CARD, PARTS = "config.json", "model.safetensors", "README.md", "parts"
 
 
 class ModelFolderError(RuntimeError):
-    """A folder that is not the saved model it should be; the message names folder, keys and remedy."""
+    """A folder that does not hold the expected model; the message names the folder, the keys and the remedy."""
 
 
 class Part(TypedDict):
@@ -49,7 +51,7 @@ class Saved:
 def save(
     folder: Path,
     kind: str,
-    config: Config,
+    settings: Config,
     paths: Paths,
     parts: list[str],
     tensors: Mapping[str, torch.Tensor],
@@ -58,7 +60,7 @@ def save(
     """Write a model folder atomically; `parts` are the configuration's sections whose pretrained folder it needs."""
     described = {}
     for name in parts:
-        section = getattr(config, name)
+        section = getattr(settings, name)
         reference = (
             section.pretrained if section.weights == "pretrained" else section.architecture or section.pretrained
         )
@@ -69,8 +71,8 @@ def save(
         files.write_json(
             temporary / CONFIG,
             {
-                "format": f"vlv-{kind}-1",
-                "config": config.model_dump(mode="json", by_alias=True, exclude=_MACHINE),
+                "format": _format(kind),
+                "config": settings.model_dump(mode="json", by_alias=True, exclude=_MACHINE),
                 "parts": described,
             },
         )
@@ -81,26 +83,55 @@ def read(folder: Path, kind: str) -> Saved:
     """Read and check config.json.
 
     Raises:
-        ModelFolderError: not a folder of this kind.
+        ModelFolderError: not a folder of this kind, or a decoder that is not there or comes with the folder.
     """
     path = folder / CONFIG
     if not path.exists():
-        raise ModelFolderError(f"{folder} is no {kind}: it has no {CONFIG}. Train one with: dvc repro")
+        raise ModelFolderError(f"{folder} is not a saved {kind}: it has no {CONFIG}. Train one with: dvc repro")
     value = files.read_json_object(path)
-    if value.get("format") != f"vlv-{kind}-1":
-        raise ModelFolderError(f"{folder} holds {value.get('format', 'something else')!r}, not a vlv-{kind}-1")
+    if value.get("format") != _format(kind):
+        raise ModelFolderError(f"{folder} holds {value.get('format', 'something else')!r}, not a {_format(kind)}")
     try:
         parts = TypeAdapter(dict[str, Part]).validate_python(value.get("parts"))
-        return Saved(kind, Config.model_validate(value.get("config")), parts)
+        found = Saved(kind, config.validate(value.get("config"), str(path)), parts)
+    except config.ConfigError as error:
+        raise ModelFolderError(f"{error}\nRestore the file, or train again.") from error
     except ValidationError as error:
         first = error.errors()[0]
         raise ModelFolderError(
             f"{path} is damaged ({'.'.join(map(str, first['loc']))}: {first['msg']}). Restore it, or train again."
         ) from error
+    _refuse_code_inside(folder, found.config.decoder.module)
+    return found
+
+
+def _format(kind: str) -> str:
+    return f"vlv-{kind}-2"  # 1 had other names for some tensors and settings
+
+
+def _refuse_code_inside(folder: Path, module: str) -> None:
+    """A model folder is data: loading it runs no code that came with it.
+
+    Raises:
+        ModelFolderError: its kind of decoder is a module that is not there, or that lies in the folder itself, or a
+            package on the way to it does.
+    """
+    names = module.split(".")
+    found = [source.find(".".join(names[: i + 1])) for i in range(len(names))]
+    if found[-1] is None:
+        raise ModelFolderError(
+            f"{folder} was trained with the kind of decoder {module}, and there is no such module. Install it, or "
+            "start Python in the folder that holds it."
+        )
+    if inside := [file for file in found if file is not None and file.resolve().is_relative_to(folder.resolve())]:
+        raise ModelFolderError(
+            f"{folder} names code of its own as its kind of decoder ({inside[0]}), which is never run. If you trust "
+            "it, install it as a package and set decoder.kind to that."
+        )
 
 
 def parts_root(folder: Path, saved: Saved, paths: Paths) -> Paths:
-    """Where the parts' references resolve: in the folder itself if it carries them, else in the project.
+    """Where the references of the parts lead: to the folder itself if it holds the parts, else to the project.
 
     Raises:
         ModelFolderError: a part is not the one the model was trained with.
@@ -143,14 +174,22 @@ def restore(module: nn.Module, names: set[str], folder: Path) -> None:
             own[name].copy_(tensor)
 
 
+def inference_device() -> torch.device:
+    """Where a loaded model is used: the accelerator (CUDA_VISIBLE_DEVICES says which), else the CPU.
+
+    A training asks accelerate instead, which gives each process a device of its own.
+    """
+    return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+
+
 def bundle(folder: Path, paths: Paths, target: Path) -> None:
-    """Copy a saved model to `target` together with its parts, so that it needs nothing else to load."""
+    """Copy a saved model together with its parts to `target`, so that it can be loaded there alone."""
     value = files.read_json_object(folder / CONFIG)
     shutil.copytree(folder, target)
     for part in value["parts"].values():
         if part["reference"].startswith("hf:"):
             continue  # fetched by its revision and checked by its hash on first use
-        source = assets.resolve(part["reference"], paths)
+        original = assets.resolve(part["reference"], paths)
         copied = target / PARTS / part["reference"]
         if not copied.exists():
-            shutil.copytree(source, copied)
+            shutil.copytree(original, copied)

@@ -1,51 +1,99 @@
-"""What each stage costs, counted on stand-ins: by module, and the most memory a step takes at once."""
+"""FLOPs and memory of a stage's training step, counted on the real model with fake tensors.
 
-from collections.abc import Callable, Sequence
+The step is the model's own: its loss, forward and backward, with the activations recomputed that the trainer
+recomputes. A multiply-add is two FLOPs, as in torch.utils.flop_counter, which counts matrix products, convolutions and
+attention, and no element-wise work. Backward is what is computed: gradients of activations wherever they lead to
+something that learns, gradients of weights only where the weights learn.
+"""
+
+import bisect
+import weakref
+from collections import Counter, defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
 
 from vlv.config import Config, Paths, Training
-from vlv.plan import models, steps
-from vlv.plan.counting import Cost, Counter, LiveBytes, Parts, Recorder, Run, straight
-from vlv.plan.stand_ins import Target, on_target
+from vlv.models.autoencoder import Autoencoder
+from vlv.plan import step
+from vlv.plan.fake_tensors import Target, backward, fake_like, make_fake, on_target, use_fused_attention
+from vlv.plan.step import StageName
+from vlv.training import blocks
 
-# Gradient checkpointing covers what learns or passes gradients; the others keep nothing anyway.
-RECOMPUTED = (
-    steps.BART_ENCODER, steps.BART_DECODER, steps.TEXT, steps.UNET, steps.TRANSFORMER, steps.LLM,
-)  # fmt: skip
+Phase = Literal["forward", "recomputed", "backward"]
+Flops = dict[tuple[str, Phase], int]  # by part and phase
+
+# The parts of both models in the order in which they run, by the beginning of the names of their modules. The longest
+# beginning counts.
+PARTS = {
+    "decoder.vae": "VAE encoder",
+    "encoder.florence.model.vision_tower": "vision tower",
+    "encoder.florence.model.multi_modal_projector": "vision tower",
+    "encoder.florence.model.language_model.shared": "BART encoder",
+    "encoder.florence.model.language_model.encoder": "BART encoder",
+    "encoder": "BART decoder, queries, projection",
+    "decoder.conditioner": "text encoder",
+    "conditioner": "text encoder",
+    "decoder": "denoiser",
+    "prefix": "prefix MLP",
+    "language_model": "language model",
+    "language_model.lm_head": "word head",
+}
+OTHER = "other"  # what no module of these does: noise, the loss
+
+
+def part_of(name: str) -> str:
+    """Return the part that a module or parameter of this name belongs to."""
+    found = [start for start in PARTS if f"{name}.".startswith(f"{start}.")]
+    return PARTS[max(found, key=len)] if found else OTHER
 
 
 @dataclass(frozen=True)
-class Line:
-    """Bytes as a function of the samples in a micro-batch: what is there anyway, and what each sample adds."""
+class Part:
+    """One part of a stage's model.
 
-    fixed: int
-    each: int
+    Attributes:
+        parameters, trainable: how many.
+        prepared: FLOPs of one image before the training, for the caches.
+        forward, recomputed, backward: FLOPs of one sample in a step.
+        kept: bytes that a micro-batch holds between the forward and the backward pass.
+    """
 
-    def at(self, samples: int) -> int:
-        return self.fixed + self.each * samples
-
-    @staticmethod
-    def through(first: tuple[int, int], second: tuple[int, int]) -> "Line":
-        """From the bytes at two numbers of samples."""
-        each = (second[1] - first[1]) // (second[0] - first[0])
-        return Line(first[1] - each * first[0], each)
-
-
-@dataclass(frozen=True)
-class Module:
-    """One module of a stage; see `Cost`. `kept_whole` and `kept_recomputed`: bytes kept for the backward pass."""
-
-    cost: Cost
-    kept_whole: Line
-    kept_recomputed: Line
+    name: str
+    parameters: int
+    trainable: int
+    prepared: int
+    forward: int
+    recomputed: int
+    backward: int
+    kept: int
 
     @property
-    def kept(self) -> Line:
-        return self.kept_recomputed if self.cost.recompute else self.kept_whole
+    def flops(self) -> int:
+        """FLOPs of one sample in a step."""
+        return self.forward + self.recomputed + self.backward
+
+
+@dataclass(frozen=True)
+class Activations:
+    """Bytes of one step beside weights and optimizer.
+
+    Attributes:
+        samples: in the micro-batch.
+        kept: held between the forward and the backward pass.
+        peak: the most that forward and backward hold at once, gradients included.
+    """
+
+    samples: int
+    kept: int
+    peak: int
 
 
 @dataclass(frozen=True)
@@ -53,198 +101,215 @@ class Stage:
     """A stage, counted.
 
     Attributes:
-        modules: in the order they run; a sample is one image with its draws (Stage 1), one pair (Stage 2).
+        parts: in the order in which they run. A sample is one image with its noise draws (Stage 1) or one
+            image-caption pair (Stage 2).
         settings: the stage's section of the configuration.
-        samples: encoded images or pairs in one optimizer step, over all processes.
-        weights: bytes of all parameters and buffers on a GPU. learning: parameters that learn.
-        live: the most bytes that a step (forward and backward) holds at once beside weights and optimizer. Exact at
-            the micro-batch that was asked for and at half of it; a line between and beyond.
+        samples: in one optimizer step, over all processes.
+        weights: bytes of all parameters and buffers on a GPU.
+        trainable: parameters that learn.
+        cached: bytes that one image takes in the caches.
+        activations: of the micro-batch that was asked for.
+        half: of half of that micro-batch; None if not counted.
+        with_recomputation: the same micro-batch with gradient checkpointing; None if not counted.
     """
 
-    name: str
-    modules: list[Module]
+    name: StageName
+    parts: list[Part]
     settings: Training
     samples: int
     weights: int
-    learning: int
-    live: Line
+    trainable: int
+    cached: int
+    activations: Activations
+    half: Activations | None = None
+    with_recomputation: Activations | None = None
 
     @property
     def flops(self) -> int:
         """FLOPs of one sample in a step."""
-        return sum(m.cost.flops for m in self.modules)
+        return sum(part.flops for part in self.parts)
 
     @property
     def prepared_flops(self) -> int:
         """FLOPs of one image before the training, for the caches."""
-        return sum(m.cost.forward for m in self.modules if m.cost.prepared)
-
-    @property
-    def stored(self) -> int:
-        """Bytes that one image takes in the caches."""
-        return sum(m.cost.stored for m in self.modules)
+        return sum(part.prepared for part in self.parts)
 
 
-def stage1(
-    settings: Config,
-    paths: Paths,
-    target: Target,
-    micro: int = 1,
-    recompute: Sequence[str] | None = None,
-    *,
-    flops: bool = True,
+def stage(
+    settings: Config, paths: Paths, name: StageName, target: Target, micro_batch: int = 1, *, knobs: bool = False
 ) -> Stage:
-    """Count Stage 1 for a micro-batch of `micro` samples.
+    """Count one step of the stage for a micro-batch of so many samples.
 
     Args:
-        recompute: names the modules that are computed twice (None: as configured).
-        flops: False leaves FLOPs away and has memory at `micro` samples only; takes half of the time.
+        knobs: also count half of the micro-batch, and the step with gradient checkpointing.
     """
-    s = settings.stage1
-    prepared = [n for n, cached in ((steps.VAE, s.cache_latents), (steps.TOWER, s.cache_features)) if cached]
-    if recompute is None:
-        recompute = RECOMPUTED if s.gradient_checkpointing else ()
-    mode = FakeTensorMode(allow_non_fake_inputs=True)
-    model = models.autoencoder(settings, paths, mode, target, s)
-    size = settings.data.image_size
-
-    def step(samples: int, at: Recorder) -> torch.Tensor:
-        pictures = torch.empty(samples, 3, size, size, dtype=torch.uint8)
-        return steps.stage1(model, s, pictures, at)
-
-    subject = _Subject(
-        step, mode, prepared, [model], lambda: models.recompute_autoencoder(model, target, s.precision)
+    simulation = Simulation(settings, paths, name, target)
+    half = with_recomputation = None
+    parts, activations, cached = simulation.step(micro_batch)
+    if knobs and micro_batch > 1:
+        half = simulation.step(micro_batch // 2)[1]
+    if knobs and not simulation.section.gradient_checkpointing:
+        blocks.recompute(simulation.model)
+        with_recomputation = simulation.step(micro_batch)[1]
+    model = simulation.model
+    return Stage(
+        name=name, parts=parts, settings=simulation.section, samples=step.samples_in_step(settings, name),
+        weights=sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers())),
+        trainable=sum(p.numel() for p in model.parameters() if p.requires_grad),
+        cached=cached // micro_batch, activations=activations, half=half,
+        with_recomputation=with_recomputation,
     )  # fmt: skip
-    modules, live = (_measure if flops else _measure_memory)(subject, target, s, micro, recompute)
-    return Stage("stage1", modules, s, s.batch_size // s.draws_per_image, _bytes([model]), _learning([model]), live)
 
 
-def stage2(
-    settings: Config,
-    paths: Paths,
-    target: Target,
-    micro: int = 1,
-    caption_tokens: int | None = None,
-    *,
-    flops: bool = True,
-) -> Stage:
-    """Count Stage 2 with captions of `caption_tokens` (None: the longest that the configuration allows).
+class Simulation:
+    """A stage's model as the trainer prepares it, on fake tensors."""
 
-    `flops`: as in `stage1`.
-    """
-    s = settings.stage2
-    recompute = RECOMPUTED if s.gradient_checkpointing else ()
-    mode = FakeTensorMode(allow_non_fake_inputs=True)
-    whole = models.autoencoder(settings, paths, mode, target, s)
-    width = whole.decoder.conditioner.width
-    prefix, language_model = models.language_side(settings, paths, width, mode, target)
-    size, tokens = settings.data.image_size, caption_tokens or s.max_caption_tokens
-    learns = s.learn == "mlp+llm+encoder"
-    prepared = [steps.CONTEXT] if not learns else [steps.TOWER] if s.cache_features else []
+    def __init__(self, settings: Config, paths: Paths, name: StageName, target: Target) -> None:
+        self.settings, self.target, self.section = settings, target, step.section(settings, name)
+        self.mode = FakeTensorMode(allow_non_fake_inputs=True)
+        with torch.device("meta"):
+            self.model = step.build(settings, paths, name)
+        if self.section.gradient_checkpointing:
+            blocks.recompute(self.model)
+        if self.section.frozen_precision == "bf16":
+            blocks.store_frozen_in_bf16(self.model)
+        if target == "gpu":
+            use_fused_attention(self.model)
+        make_fake(self.model, self.mode)
+        if isinstance(self.model, Autoencoder):
+            schedule = vars(self.model.decoder.scheduler)
+            schedule |= {k: fake_like(v, self.mode) for k, v in schedule.items() if isinstance(v, torch.Tensor)}
 
-    def step(samples: int, at: Recorder) -> torch.Tensor:
-        pictures = torch.empty(samples, 3, size, size, dtype=torch.uint8)
-        context = steps.context_of(whole, pictures, at, learns=learns)
-        ids = torch.empty(samples, tokens, dtype=torch.long)
-        return steps.stage2(prefix, language_model, context, ids, at)
+    def step(self, samples: int) -> tuple[list[Part], Activations, int]:
+        """Run one micro-batch forward and backward; the last number is the bytes of its images in the caches."""
+        size = self.settings.data.image_size
+        prepared, counter = StepCounter(self.model), StepCounter(self.model)
+        with self.mode, on_target(self.target, self.section.precision):
+            images = torch.empty(samples, 3, size, size, dtype=torch.uint8)
+            with prepared:
+                batch = step.batch(self.model, self.settings, images)
+            with counter:
+                loss = self.model(batch, torch.Generator())
+                kept = counter.living()
+                backward(loss)
+        self.model.zero_grad()
+        parts = self._parts(prepared.flops, counter.flops, kept, samples)
+        return parts, Activations(samples, sum(kept.values()), counter.peak), step.cached_bytes(batch)
 
-    def redo() -> None:
-        models.recompute(language_model, target, s.precision)
-        if learns:
-            models.recompute_encoder(whole, target, s.precision)
+    def _parts(self, prepared: Flops, flops: Flops, kept: dict[str, int], samples: int) -> list[Part]:
+        parameters, trainable = Counter[str](), Counter[str]()
+        for name, parameter in self.model.named_parameters():
+            parameters[part_of(name)] += parameter.numel()
+            trainable[part_of(name)] += parameter.numel() * parameter.requires_grad
+        found = [
+            Part(
+                part, parameters[part], trainable[part], prepared[part, "forward"] // samples,
+                flops[part, "forward"] // samples, flops[part, "recomputed"] // samples,
+                flops[part, "backward"] // samples, kept.get(part, 0),
+            )
+            for part in dict.fromkeys([*PARTS.values(), OTHER])
+        ]  # fmt: skip
+        return [part for part in found if part.parameters or part.flops or part.prepared]
 
-    subject = _Subject(step, mode, prepared, [whole, prefix, language_model], redo)
-    modules, live = (_measure if flops else _measure_memory)(subject, target, s, micro, recompute)
-    held = [whole.encoder, whole.decoder.conditioner, prefix, language_model]
-    return Stage("stage2", modules, s, s.batch_size, _bytes(held), _learning(held), live)
 
-
-@dataclass(frozen=True)
-class _Subject:
-    """A stage to be measured: its step for so many samples, what is computed before, what learns.
+class StepCounter(TorchDispatchMode):
+    """Follows a step of `model`: FLOPs by part and phase, and the bytes that are allocated and not yet freed.
 
     Attributes:
-        redo: switches gradient checkpointing on.
+        peak: the most bytes that there were at once.
     """
 
-    step: Callable[[int, Recorder], torch.Tensor]
-    mode: FakeTensorMode
-    prepared: Sequence[str]
-    learners: Sequence[nn.Module]
-    redo: Callable[[], None]
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.flops: Flops = defaultdict(int)
+        self.peak = self._now = 0
+        self._living: dict[int, tuple[str, int, weakref.ref[Any]]] = {}
+        attention = torch.ops.aten._scaled_dot_product_efficient_attention_backward
+        counter = FlopCounterMode(display=False, custom_mapping={attention: _attention_backward})
+        self._functions = counter.flop_registry
+        self._parts = {module: part_of(name) for name, module in model.named_modules()}
+        # Which part runs, and from which number of autograd's nodes on. A node of the backward pass has the number that
+        # it got in the forward pass. (torch's own ModuleTracker looks at positional arguments alone.)
+        self._running, self._numbers, self._owners = [OTHER], [0], [OTHER]
+        self._hooks: list[Any] = []
+
+    def __enter__(self) -> "StepCounter":
+        module = nn.modules.module
+        self._hooks = [
+            module.register_module_forward_pre_hook(self._begin),
+            module.register_module_forward_hook(self._end, always_call=True),  # recomputation ends by an exception
+        ]
+        super().__enter__()  # type: ignore[no-untyped-call]
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)  # type: ignore[no-untyped-call]
+        for hook in self._hooks:
+            hook.remove()
+
+    def _begin(self, module: nn.Module, args: Any) -> None:
+        self._running.append(self._parts.get(module, self._running[-1]))
+        self._note_part()
+
+    def _end(self, module: nn.Module, args: Any, output: Any) -> None:
+        self._running.pop()
+        self._note_part()
+
+    def _note_part(self) -> None:
+        if torch._C._current_graph_task_id() == -1 and self._running[-1] != self._owners[-1]:
+            self._numbers.append(torch._C._autograd._get_sequence_nr())
+            self._owners.append(self._running[-1])
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        if flops := self._functions.get(func._overloadpacket):
+            self.flops[self._where()] += flops(*args, **kwargs, out_val=result)
+        given = {_storage(x) for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)}
+        for made in tree_leaves(result):
+            if isinstance(made, torch.Tensor) and _storage(made) not in given:
+                self._allocated(made)
+        return result
+
+    def _where(self) -> tuple[str, Phase]:
+        node = torch._C._current_autograd_node()
+        if node is None:
+            return self._running[-1], "forward"
+        part = self._owners[bisect.bisect_right(self._numbers, node._sequence_nr()) - 1]
+        # Autograd computes no gradients of gradients here: what it records in the backward pass is a second forward.
+        return part, "recomputed" if torch.is_grad_enabled() else "backward"
+
+    def _allocated(self, tensor: torch.Tensor) -> None:
+        storage, key = tensor.untyped_storage(), _storage(tensor)
+        if key in self._living:
+            return
+        size = storage.nbytes()
+
+        def freed(_: object) -> None:
+            del self._living[key]
+            self._now -= size
+
+        self._living[key] = self._running[-1], size, weakref.ref(storage, freed)
+        self._now += size
+        self.peak = max(self.peak, self._now)
+
+    def living(self) -> dict[str, int]:
+        """Return the bytes that are allocated now, by the part that allocated them."""
+        found: dict[str, int] = defaultdict(int)
+        for part, size, _ in self._living.values():
+            found[part] += size
+        return dict(found)
 
 
-def _measure(
-    subject: _Subject, target: Target, settings: Training, micro: int, recompute: Sequence[str]
-) -> tuple[list[Module], Line]:
-    counters = [Counter(recompute, subject.prepared) for _ in (1, 2)]
-    for samples, counter in enumerate(counters, 1):
-        with subject.mode, on_target(target, settings.precision):
-            subject.step(samples, counter)
-    if settings.gradient_checkpointing:
-        subject.redo()
-    two_sizes = sorted({micro, (micro + 1) // 2} if micro > 1 else {1, 2})
-    peaks = [(samples, _peak(subject, target, settings, samples, counters[0].outputs)) for samples in two_sizes]
-    modules = [
-        Module(
-            one,
-            Line.through((1, one.kept_whole), (2, two.kept_whole)),
-            Line.through((1, one.kept_recomputed), (2, two.kept_recomputed)),
-        )
-        for one, two in zip(counters[0].costs, counters[1].costs, strict=True)
-    ]
-    return modules, Line.through(*peaks)
+def _storage(tensor: torch.Tensor) -> int:
+    return int(tensor.untyped_storage()._cdata)
 
 
-def _measure_memory(
-    subject: _Subject, target: Target, settings: Training, micro: int, recompute: Sequence[str]
-) -> tuple[list[Module], Line]:
-    """As `_measure`, but bytes alone, and at `micro` samples alone."""
-    counter = Counter(recompute, subject.prepared, flops=False)
-    with subject.mode, on_target(target, settings.precision):
-        subject.step(micro, counter)
-    if settings.gradient_checkpointing:
-        subject.redo()
-    modules = [Module(cost, Line(cost.kept_whole, 0), Line(cost.kept_recomputed, 0)) for cost in counter.costs]
-    return modules, Line(_peak(subject, target, settings, micro, counter.outputs), 0)
-
-
-def _peak(subject: _Subject, target: Target, settings: Training, samples: int, outputs: dict[str, torch.Tensor]) -> int:
-    """The most bytes that a step of `samples` (forward and backward) holds at once."""
-    with subject.mode, LiveBytes() as live:
-        with on_target(target, settings.precision):
-            loss = subject.step(samples, _Cached(outputs))
-        loss.backward()
-        del loss
-    for module in subject.learners:
-        module.zero_grad()
-    return int(live.peak)
-
-
-class _Cached:
-    """A `Recorder` that runs the step as it is, with the prepared modules' outputs there already."""
-
-    def __init__(self, outputs: dict[str, torch.Tensor]) -> None:
-        self._outputs = outputs
-
-    def __call__(self, name: str, parts: Parts, run: Run, *inputs: torch.Tensor) -> torch.Tensor:
-        if name in self._outputs:
-            cached = self._outputs[name]  # of another number of samples
-            return torch.empty(len(inputs[0]), *cached.shape[1:], dtype=cached.dtype)
-        return straight(name, parts, run, *inputs)
-
-
-def _tensors(modules: Sequence[nn.Module]) -> list[torch.Tensor]:
-    found: dict[int, torch.Tensor] = {}
-    for module in modules:
-        for tensor in (*module.parameters(), *module.buffers()):
-            found[id(tensor)] = tensor
-    return list(found.values())
-
-
-def _bytes(modules: Sequence[nn.Module]) -> int:
-    return sum(t.numel() * t.element_size() for t in _tensors(modules))
-
-
-def _learning(modules: Sequence[nn.Module]) -> int:
-    return sum(t.numel() for t in _tensors(modules) if t.requires_grad)
+def _attention_backward(
+    grad: Sequence[int], query: Sequence[int], key: Sequence[int], value: Sequence[int], *args: Any, **kwargs: Any
+) -> int:
+    """Count the four products of plain attention; that the fused kernel computes the scores again is left out."""
+    batch, heads, rows, width = query
+    return 2 * batch * heads * rows * key[2] * 2 * (width + value[3])

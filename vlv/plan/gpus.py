@@ -1,12 +1,19 @@
-"""Public facts about GPUs: memory and peak rates, each with its source.
+"""GPUs: public facts about each kind, and the machine that a configuration names.
 
 Rates are dense (a data sheet that counts 2:4 sparsity says twice as much) and for matrix products that accumulate
 in float32, as training does.
 """
 
+import math
 from dataclasses import dataclass
+from typing import Any, Literal
 
-from vlv.config import Precision
+from vlv.config import Config, ConfigError, Paths, Precision
+from vlv.plan.step import StageName, samples_in_step, section
+from vlv.training import launch
+
+Sharding = Literal["none", "zero2", "full"]
+DEFAULT_GPU = "RTX 6000 Ada"  # the paper's; for a configuration that names none
 
 
 class UnknownGpuError(ValueError):
@@ -81,3 +88,66 @@ def find(name: str) -> Gpu:
         if plain(gpu.name) == plain(name):
             return gpu
     raise UnknownGpuError(f"There is no GPU {name!r} in the table; there are: {', '.join(g.name for g in GPUS)}")
+
+
+@dataclass(frozen=True)
+class Machine:
+    """The GPUs of a training.
+
+    Attributes:
+        count: how many GPUs, one process each.
+        utilisation: FLOPs of the step / (time x peak rate). Element-wise work, copies and waiting all lower it.
+        price: dollars for one GPU and hour; None: unknown.
+        sharding: none (DDP: each GPU holds everything), zero2 (each GPU holds a share of gradients and optimizer),
+            full (and of the weights that learn: FSDP, ZeRO-3).
+        tf32: float32 products run on the tensor cores.
+    """
+
+    gpu: Gpu
+    count: int
+    utilisation: float = 0.35
+    price: float | None = None
+    sharding: Sharding = "none"
+    tf32: bool = False
+
+    def hours(self, flops: float, precision: Precision) -> float:
+        """Return the time for so many FLOPs.
+
+        Raises:
+            UnknownGpuError: the GPU has no unit for this precision.
+        """
+        return flops / (self.count * self.gpu.peak(precision, tf32=self.tf32) * self.utilisation) / 3600
+
+    def micro_batch(self, settings: Config, stage: StageName) -> int:
+        """Return the samples on one GPU at a time: a step's samples divided by processes and accumulation."""
+        return math.ceil(samples_in_step(settings, stage) / section(settings, stage).accumulation / self.count)
+
+
+def machine_of(settings: Config, paths: Paths, stage: StageName) -> Machine:
+    """Return the GPUs of the section `compute`, with the sharding of the stage's file in `compute.launch`.
+
+    Raises:
+        UnknownGpuError: the table has no such GPU.
+        ConfigError: the file is missing, or it starts another number of processes than `compute.gpus`.
+    """
+    compute, file = settings.compute, settings.compute.launch_of(stage)
+    sharding: Sharding = "none"
+    if file is not None:
+        plan = launch.read_launch_file(paths.root / file)
+        if plan["num_processes"] != compute.gpus:
+            raise ConfigError(
+                f"compute.gpus is {compute.gpus}, but {file}, which {stage} is started with, has num_processes "
+                f"{plan['num_processes']}: make them equal"
+            )
+        sharding = sharding_of(plan)
+    return Machine(find(compute.gpu or DEFAULT_GPU), compute.gpus, sharding=sharding)
+
+
+def sharding_of(plan: dict[str, Any]) -> Sharding:
+    """Return what the processes of an accelerate file share."""
+    match plan.get("distributed_type"):
+        case "FSDP":
+            # Without resharding after the forward pass the weights are whole from then on, as in ZeRO-2.
+            return "full" if plan.get("fsdp_config", {}).get("fsdp_reshard_after_forward", True) else "zero2"
+        case _:
+            return "none"

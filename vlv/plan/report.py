@@ -1,41 +1,85 @@
-"""The plan as tables for a terminal and as JSON."""
+"""What a stage takes on a machine (memory, time, money), as tables for a terminal and as JSON."""
 
+from dataclasses import dataclass
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
 from vlv.plan.count import Stage
-from vlv.plan.forecast import GIB, Forecast, usable
-from vlv.plan.machines import Fit
-from vlv.plan.rehearsal import Rehearsed
+from vlv.plan.gpus import Machine
+from vlv.plan.memory import GIB, Memory, knobs, memory, usable
 
 _GIGA = 1e9
 
 
-def modules(stage: Stage, samples: int) -> Table:
-    """FLOPs and kept bytes by module; `samples`: the micro-batch on one GPU."""
+@dataclass(frozen=True)
+class Forecast:
+    """A stage on a machine.
+
+    Attributes:
+        hours: of the training.
+        prepare_hours: of filling the caches before.
+        dollars: for both; None without a price.
+        cache_bytes: disk space of the caches.
+        knobs: sentences that say what each setting would free.
+    """
+
+    stage: Stage
+    machine: Machine
+    memory: Memory
+    hours: float
+    prepare_hours: float
+    dollars: float | None
+    cache_bytes: int
+    knobs: list[str]
+
+    @property
+    def fits(self) -> bool:
+        return self.memory.peak <= usable(self.machine.gpu)
+
+
+def forecast(stage: Stage, machine: Machine, images: int | None = None) -> Forecast:
+    """Forecast the stage on the machine; the caches hold so many different images (None: each sample is another one).
+
+    Raises:
+        UnknownGpuError: the GPU has no unit for the configured precision.
+    """
     s = stage.settings
-    table = Table(
-        title=f"{stage.name}: one sample by module", expand=False, title_justify="left", caption_justify="left"
-    )
+    images = images or s.steps * stage.samples
+    hours = machine.hours(s.steps * stage.samples * stage.flops, s.precision)
+    prepare_hours = machine.hours(images * stage.prepared_flops, s.precision)
+    return Forecast(
+        stage=stage, machine=machine,
+        memory=memory(stage, stage.activations, machine.count, machine.sharding),
+        hours=hours, prepare_hours=prepare_hours,
+        dollars=None if machine.price is None else (hours + prepare_hours) * machine.count * machine.price,
+        cache_bytes=images * stage.cached, knobs=knobs(stage, machine),
+    )  # fmt: skip
+
+
+def parts(stage: Stage) -> Table:
+    """FLOPs and kept bytes by part."""
+    s = stage.settings
+    table = Table(title=f"{stage.name}: one sample by part", expand=False, title_justify="left", caption_justify="left")
     table.caption = (
         f"{s.steps:,} steps x {stage.samples} samples, {s.precision}; GF = 10^9 FLOP, a multiply-add is 2; "
-        f"kept: for the backward pass, micro-batch {samples}"
+        f"kept: for the backward pass, micro-batch {stage.activations.samples}"
     )
-    table.add_column("module")
-    for name in ("M params", "M learn", "forward GF", "recompute", "backward", "in a step", "kept GiB"):
+    table.add_column("part")
+    for name in ("M params", "M learn", "for caches GF", "forward", "recomputed", "backward", "in a step", "kept GiB"):
         table.add_column(name, justify="right")
-    for m in stage.modules:
-        c = m.cost
-        once = "once an image" if c.prepared else _giga(c.flops)
+    for part in stage.parts:
         table.add_row(
-            c.name, f"{c.parameters / 1e6:,.1f}", f"{c.learning / 1e6:,.1f}", _giga(c.forward), _giga(c.recomputed),
-            _giga(c.backward), once, f"{m.kept.at(samples) / GIB:,.2f}",
+            part.name, f"{part.parameters / 1e6:,.1f}", f"{part.trainable / 1e6:,.1f}", _giga(part.prepared),
+            _giga(part.forward), _giga(part.recomputed), _giga(part.backward), _giga(part.flops),
+            f"{part.kept / GIB:,.2f}",
         )  # fmt: skip
-    kept = sum(m.kept.at(samples) for m in stage.modules) / GIB
     table.add_section()
-    table.add_row("all", "", f"{stage.learning / 1e6:,.1f}", "", "", "", _giga(stage.flops), f"{kept:,.2f}")
+    table.add_row(
+        "all", "", f"{stage.trainable / 1e6:,.1f}", _giga(stage.prepared_flops), "", "", "", _giga(stage.flops),
+        f"{stage.activations.kept / GIB:,.2f}",
+    )  # fmt: skip
     return table
 
 
@@ -44,30 +88,27 @@ def gpus(forecasts: list[Forecast]) -> Table:
     machine = forecasts[0].machine
     title = f"{forecasts[0].stage.name} on {machine.count} GPUs"
     table = Table(title=title, title_justify="left", caption_justify="left")
-    price = "no --price given" if machine.price is None else f"at ${machine.price:.2f} a GPU hour"
+    price = "no --price given" if machine.price is None else f"at ${machine.price:.2f} for a GPU hour"
     table.caption = (
-        f"GiB on one GPU, sharding {machine.sharding}; time at {machine.utilisation:.0%} of the peak, caches included; "
-        f"{price}"
+        f"GiB on one GPU, sharding {machine.sharding}; time at {machine.utilisation:.0%} of the peak rate, caches "
+        f"included; {price}"
     )
     table.add_column("GPU")
-    names = ("weights", "gradients", "optimizer", "buckets", "kept", "peak", "of", "fits", "days", "dollars")
-    for name in names:
+    for name in ("weights", "gradients", "optimizer", "buckets", "kept", "peak", "of", "fits", "days", "dollars"):
         table.add_column(name, justify="right")
     for f in forecasts:
-        m = f.memory
-        kinds = (m.weights, m.gradients, m.optimizer, m.communication, m.activations, m.peak)
         table.add_row(
-            f.machine.gpu.name, *(f"{value / GIB:,.1f}" for value in kinds), f"{usable(f.machine.gpu) / GIB:.1f}",
-            "yes" if f.fits else "no", f"{(f.hours + f.prepare_hours) / 24:,.1f}",
-            "" if f.dollars is None else f"{f.dollars:,.0f}",
+            f.machine.gpu.name, *(f"{value / GIB:,.1f}" for value in vars(f.memory).values()),
+            f"{usable(f.machine.gpu) / GIB:.1f}", "yes" if f.fits else "no",
+            f"{(f.hours + f.prepare_hours) / 24:,.1f}", "" if f.dollars is None else f"{f.dollars:,.0f}",
         )  # fmt: skip
     return table
 
 
 def show(chosen: list[Forecast], others: list[list[Forecast]], console: Console) -> None:
-    """Print each stage: by module, on the chosen GPU and on others, and what each knob frees."""
+    """Print each stage by part, on all GPUs, and what each setting would free on the chosen GPU."""
     for f, table in zip(chosen, others, strict=True):
-        console.print(modules(f.stage, f.micro_batch))
+        console.print(parts(f.stage))
         console.print(gpus(table))
         if f.cache_bytes:
             console.print(f"  caches: {f.cache_bytes / GIB:,.1f} GiB of disk", highlight=False)
@@ -76,39 +117,28 @@ def show(chosen: list[Forecast], others: list[list[Forecast]], console: Console)
         console.print()
 
 
-def show_fits(fits: list[Fit], console: Console) -> None:
-    """Print whether each stage fits, in a line."""
-    for f in fits:
-        m = f.machine
-        console.print(
-            f"{f.stage} on {m.count} x {m.gpu.name}, sharding {m.sharding}: {f.micro_batch} at a time, peak "
-            f"{f.peak / GIB:.1f} of {f.usable / GIB:.1f} GiB: {'fits' if f.fits else 'does not fit'}",
-            highlight=False,
-        )
+def fits(f: Forecast) -> str:
+    """Say in a line whether the stage fits."""
+    machine = f.machine
+    return (
+        f"{f.stage.name} on {machine.count} x {machine.gpu.name}, sharding {machine.sharding}, micro-batch "
+        f"{f.stage.activations.samples}: peak {f.memory.peak / GIB:.1f} of {usable(machine.gpu) / GIB:.1f} GiB: "
+        f"{'fits' if f.fits else 'does not fit'}"
+    )
 
 
 def as_json(f: Forecast) -> dict[str, Any]:
-    """Everything the tables show of one forecast, in plain units: FLOP, bytes, hours, dollars."""
-    gpu, m = f.machine.gpu, f.memory
+    """All that the tables show of one forecast, in plain units: FLOP, bytes, hours, dollars."""
+    gpu, machine, stage = f.machine.gpu, f.machine, f.stage
     return {
-        "stage": f.stage.name,
-        "gpu": {"name": gpu.name, "memory_gib": gpu.memory, "source": gpu.source, "count": f.machine.count},
-        "assumed": {"utilisation": f.machine.utilisation, "price": f.machine.price, "sharding": f.machine.sharding},
-        "precision": f.stage.settings.precision,
-        "steps": f.stage.settings.steps, "samples_per_step": f.stage.samples, "micro_batch": f.micro_batch,
-        "flops_per_sample": f.stage.flops, "learning_parameters": f.stage.learning,
-        "modules": [
-            {
-                "name": c.cost.name, "parameters": c.cost.parameters, "learning": c.cost.learning,
-                "forward": c.cost.forward, "recomputed": c.cost.recomputed, "backward": c.cost.backward,
-                "prepared": c.cost.prepared, "kept_bytes": c.kept.at(f.micro_batch),
-            }
-            for c in f.stage.modules
-        ],
-        "memory": {
-            "weights": m.weights, "gradients": m.gradients, "optimizer": m.optimizer, "buckets": m.communication,
-            "activations": m.activations, "peak": m.peak, "usable": usable(gpu),
-        },
+        "stage": stage.name,
+        "gpu": {"name": gpu.name, "memory_gib": gpu.memory, "source": gpu.source, "count": machine.count},
+        "assumed": {"utilisation": machine.utilisation, "price": machine.price, "sharding": machine.sharding},
+        "precision": stage.settings.precision,
+        "steps": stage.settings.steps, "samples_per_step": stage.samples, "micro_batch": stage.activations.samples,
+        "flops_per_sample": stage.flops, "trainable_parameters": stage.trainable,
+        "parts": [vars(part) for part in stage.parts],
+        "memory": vars(f.memory) | {"usable": usable(gpu)},
         "cache_bytes": f.cache_bytes,
         "fits": f.fits, "hours": f.hours, "prepare_hours": f.prepare_hours, "dollars": f.dollars, "knobs": f.knobs,
     }  # fmt: skip
@@ -116,25 +146,3 @@ def as_json(f: Forecast) -> dict[str, Any]:
 
 def _giga(flops: int) -> str:
     return f"{flops / _GIGA:,.0f}" if flops else ""
-
-
-def rehearsed(done: Rehearsed) -> Table:
-    """What a rehearsal took, beside its forecast."""
-    table = Table(
-        title=f"{done.stage} on {done.device}, {done.samples} at a time", title_justify="left", show_header=False
-    )
-    table.add_column()
-    table.add_column(justify="right")
-    for what, seconds in (
-        ("build", done.build), ("first step, counted", done.first_step), ("write checkpoint", done.save),
-        ("go on from it", done.resume), ("second step", done.second_step),
-    ):  # fmt: skip
-        table.add_row(what, f"{seconds:,.1f} s")
-    table.add_section()
-    table.add_row("checkpoint", f"{done.checkpoint / GIB:,.2f} GiB")
-    table.add_row("peak of the second step", f"{done.peak / GIB:,.2f} GiB")
-    table.add_row(
-        "forecast", f"{done.expected / GIB:,.2f} GiB; the peak is {done.peak / done.expected - 1:+.1%} from it"
-    )
-    table.add_row("peak while writing", f"{done.saving_peak / GIB:,.2f} GiB")
-    return table

@@ -1,6 +1,5 @@
 """The model registry: versions with their lineage, the gates to `champion`, and the history of champions."""
 
-from vlv.registry.lineage import lineage
 from vlv.registry.policy import Policy, PolicyError, load_policy
 from vlv.registry.promotion import (
     HistoryEntry,
@@ -10,7 +9,7 @@ from vlv.registry.promotion import (
     promote,
     rollback,
 )
-from vlv.registry.registration import AUTOENCODER, CAPTIONER, Served, register
+from vlv.registry.registration import AUTOENCODER, CAPTIONER, Served, lineage, register
 from vlv.registry.versions import (
     CHALLENGER,
     CHAMPION,

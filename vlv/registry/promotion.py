@@ -1,4 +1,4 @@
-"""Who is champion, and how that came about."""
+"""Which version is champion: promotion, rollback, and the history of both."""
 
 import getpass
 import json
@@ -16,8 +16,7 @@ import filelock
 from vlv import tracking
 from vlv.config import Paths
 from vlv.io import files
-from vlv.registry.gates import GATES, Candidate
-from vlv.registry.policy import load_policy
+from vlv.registry.policy import GATES, Candidate, load_policy
 from vlv.registry.versions import (
     CHALLENGER,
     CHAMPION,
@@ -32,13 +31,13 @@ if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities.model_registry import ModelVersion
 
-# Each entry is a tag of its own with a name that sorts by time: nothing is ever rewritten, so two who promote
-# at once cannot erase each other's entry.
+# Each entry of the history is a tag of its own, with a name that sorts by time. No entry is ever rewritten, so two
+# people who promote at the same time cannot erase each other's entry.
 _HISTORY = "vlv.history."
 
 
 class PromotionRefused(RuntimeError):
-    """Gates failed; the message lists them all, `failures` holds "gate: what is wrong"."""
+    """Gates failed. The message lists them all; `failures` holds "gate: what is wrong" for each."""
 
     def __init__(self, message: str, failures: tuple[str, ...] = ()) -> None:
         super().__init__(message)
@@ -88,14 +87,16 @@ class Promotion:
 def promote(
     paths: Paths, name: str, version: int | None = None, *, force_dirty: bool = False, why: str = ""
 ) -> Promotion:
-    """Move the alias `champion` to a version (without one: the challenger), through the policy's gates.
+    """Move the alias `champion` to a version, if it passes the policy's gates.
 
-    The policy's section is that of the profile that the version's tag names. `force_dirty` leaves out the
-    gate `git`, and the history says so.
+    Args:
+        version: without one, the version with the alias `challenger`. Its tag `profile` names the policy's section.
+        force_dirty: skip the gate `git`; the history says so.
+        why: the reason for the history; without one, the gates that the version passed.
 
     Raises:
-        PromotionRefused: gates failed; the message has each with figure, limit and the champion's figure.
-        RegistryError, PolicyError: nothing to promote, no policy, or MLflow does not answer.
+        PromotionRefused: gates failed; the message has each with the figure, its limit and the champion's figure.
+        RegistryError, PolicyError: there is nothing to promote or no policy, or MLflow does not answer.
     """
     with _registry(paths) as client:
         current = version_with_alias(client, name, CHAMPION)
@@ -110,7 +111,7 @@ def promote(
         passed: list[str] = []
         for gate in policy.gates:
             if gate == "git" and force_dirty:
-                candidate.notes.append("gate git left out by force")
+                candidate.notes.append("gate git skipped by force")
                 continue
             wrong = GATES[gate](policy, candidate)
             failures += [f"{gate}: {one}" for one in wrong]
@@ -128,7 +129,7 @@ def promote(
 
 
 def rollback(paths: Paths, name: str, why: str) -> Promotion:
-    """Give the alias `champion` back to the champion before; each further rollback goes one further back.
+    """Move the alias `champion` back to the previous champion. Each further rollback goes one champion further back.
 
     Raises:
         RegistryError: no earlier champion is left, or MLflow does not answer.
@@ -138,7 +139,7 @@ def rollback(paths: Paths, name: str, why: str) -> Promotion:
         alive = {int(one.version) for one in client.search_model_versions(f"name = '{name}'", max_results=1000)}
         earlier = [one for one in _champions(_history(client, name)) if one != current and one in alive]
         if not earlier:
-            raise RegistryError(f"{name} has no earlier champion to go back to (champion: {_shown(current)}).")
+            raise RegistryError(f"{name} has no earlier champion (present champion: {_shown(current)}).")
         entry = _entry("rollback", name, current, earlier[-1], why)
         _move(client, entry)
     return Promotion(name, earlier[-1], current, entry)
@@ -160,7 +161,7 @@ def history(paths: Paths, name: str) -> list[HistoryEntry]:
 
 @contextmanager
 def _registry(paths: Paths) -> Iterator["MlflowClient"]:
-    """A client; one change of champion at a time on this machine."""
+    """A client, held so that one process on this machine changes the champion at a time."""
     uri = tracking.prepare(paths)
     lock = store.store_folder(paths) / ".promote.lock"
     lock.parent.mkdir(parents=True, exist_ok=True)
@@ -204,7 +205,7 @@ def _entry(
 
 
 def _move(client: "MlflowClient", entry: HistoryEntry) -> None:
-    """Set the alias and record it. Where the record cannot be written the alias goes back."""
+    """Set the alias and record the change. If the entry cannot be written, the alias is set back."""
     client.set_registered_model_alias(entry.name, CHAMPION, str(entry.to_version))
     key = f"{_HISTORY}{entry.when}.{uuid.uuid4().hex[:8]}".replace("+00:00", "Z")
     try:
@@ -227,7 +228,7 @@ def _history(client: "MlflowClient", name: str) -> list[HistoryEntry]:
 
 
 def _champions(entries: list[HistoryEntry]) -> list[int]:
-    """The champions that rollbacks can go back through, the present one last: a rollback undoes promotions."""
+    """The champions that rollbacks can go back to, the present one last. A rollback undoes promotions."""
     stack: list[int] = []
     for entry in entries:
         if entry.action == "rollback" and entry.to_version in stack:

@@ -1,6 +1,8 @@
-"""Registration: a model folder becomes a version that MLflow can serve by itself."""
+"""Registration: a model folder becomes a version that MLflow can serve, with tags that say what it was made from."""
 
 import json
+import os
+import subprocess
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -11,8 +13,9 @@ from typing import TYPE_CHECKING
 
 from vlv import tracking
 from vlv.config import Paths
-from vlv.io import files
-from vlv.registry.versions import CHALLENGER, FIGURES_TAG, RegistryError, explained, numbers
+from vlv.io import files, pin
+from vlv.io.tables import numbers
+from vlv.registry.versions import CHALLENGER, FIGURES_TAG, RegistryError, explained
 from vlv.tracking import store
 from vlv.tracking.run import clean_key
 
@@ -21,7 +24,8 @@ if TYPE_CHECKING:
     from mlflow.entities import LoggedModel
 
 _PACKAGE = Path(__file__).parent.parent
-# What serving needs beside the package's own code, which travels with the model.
+_SCRIPT = Path(__file__).with_name("serving.py")
+# What serving needs besides the package's own code, which is stored with the version.
 _REQUIREMENTS = (
     "mlflow",
     "torch",
@@ -37,23 +41,26 @@ _REQUIREMENTS = (
     "filelock",
 )
 
+UNKNOWN = "unknown"
+
+# What the pipeline itself writes while it runs. Everything else that git sees is code or configuration.
+OUTPUTS = ("dvc.lock", "data.dvc", "metrics", "plots")
+
 
 @dataclass(frozen=True)
 class Served:
-    """How a model is served: a models-from-code script, its columns and its parameters with defaults."""
+    """How a model is served: its kind in vlv/registry/serving.py, its columns and its parameters with defaults."""
 
-    script: Path
+    kind: str
     inputs: dict[str, str]
     outputs: dict[str, str]
     params: dict[str, int | float]
+    script: Path = _SCRIPT
 
 
-CAPTIONER = Served(_PACKAGE / "serving" / "captioner_model.py", {"image": "string"}, {"caption": "string"}, params={})
+CAPTIONER = Served("captioner", {"image": "string"}, {"caption": "string"}, params={})
 AUTOENCODER = Served(
-    _PACKAGE / "serving" / "autoencoder_model.py",
-    {"image": "string"},
-    {"image": "string"},
-    params={"steps": 50, "guidance": 2.0, "seed": 42},
+    "autoencoder", {"image": "string"}, {"image": "string"}, params={"steps": 50, "guidance": 2.0, "seed": 42}
 )
 
 
@@ -72,12 +79,12 @@ def register(
     """Register a model folder as a new version with the alias `challenger`, and return the version.
 
     Args:
-        model_folder: self-contained, in Hugging Face form; `artifacts["model"]` of the script.
+        model_folder: self-contained, in Hugging Face form; `artifacts["model"]` of vlv/registry/serving.py.
         example: input columns of a few rows (images as base64); the promotion gate predicts on it.
         evaluation: metrics/evaluate.json; kept with the version, its numbers become its figures.
         tags: the version's lineage, see `lineage`.
         run_id: the run that made it.
-        code: package that is stored with the version, so that later changes here do not change it.
+        code: the package that is stored with the version, so that later changes here do not change the version.
 
     Raises:
         RegistryError: MLflow does not answer or refuses.
@@ -117,8 +124,8 @@ def _save(
 ) -> None:
     """Write the model as MLflow serves it.
 
-    Saved and then shipped, not by `log_model`: that one runs the model in this process, only to warn, and
-    puts it into the fluent API's active experiment, whose artifacts lie below the current folder.
+    It is saved and then uploaded. `log_model` would run the model in this process, only to warn, and would put it into
+    the fluent API's active experiment, whose artifacts lie below the current folder.
     """
     import mlflow.pyfunc
     import pandas as pd
@@ -140,6 +147,7 @@ def _save(
             model_id=logged.model_id,
         ),
         python_model=str(served.script),
+        model_config={"kind": served.kind},
         artifacts={"model": str(model_folder), "evaluation": str(evaluation)},
         code_paths=[str(code)] if code else None,
         signature=signature,
@@ -168,3 +176,72 @@ def _ensure_registered(client: "MlflowClient", name: str) -> None:
     except MlflowException as error:
         if error.error_code != "RESOURCE_ALREADY_EXISTS":
             raise
+
+
+def lineage(paths: Paths) -> dict[str, str]:
+    """The tags that a registered version carries.
+
+    `git_dirty` is "true" if a tracked file differs from the commit or there is an untracked file. params.yaml and
+    configs/ count, because code and configuration decide what the model is. dvc.lock, data.dvc, metrics/ and plots/ do
+    not count: the run that makes the model writes them, and tags of their own describe them. What cannot be read (no
+    git, no repository, no such file) is "unknown".
+    """
+    verdict = _json(paths.metrics / "validate.json").get("success")
+    return {
+        "git_commit": _git(paths.root, "rev-parse", "HEAD") or UNKNOWN,
+        "git_dirty": _dirty(paths.root),
+        "data_md5": _data_md5(paths.root / pin.POINTER),
+        "dvc_lock_sha256": _sha256(paths.root / "dvc.lock"),
+        "params_sha256": _sha256(paths.params),
+        "profile": str(_yaml(paths.params).get("profile", UNKNOWN)),
+        "data_validation": UNKNOWN if verdict is None else "passed" if verdict is True else "failed",
+        "evaluation_set": str(_json(paths.metrics / "evaluate.json").get("evaluation_set", UNKNOWN)),
+        "not_better_than_shuffled": _unlearned(_json(paths.metrics / "evaluate.json")),
+        "flow_run_id": os.environ.get("VLV_FLOW_RUN_ID", UNKNOWN),
+        "parent_run_id": os.environ.get("VLV_PARENT_RUN_ID", UNKNOWN),
+    }
+
+
+def _unlearned(evaluation: dict[str, object]) -> str:
+    """The figures that are not clearly better than the shuffled control's, or "none"."""
+    found = evaluation.get("not_better_than_shuffled")
+    return UNKNOWN if not isinstance(found, dict) else ", ".join(found) or "none"
+
+
+def _dirty(root: Path) -> str:
+    if _git(root, "rev-parse", "HEAD") is None:
+        return UNKNOWN
+    excluded = [f":(exclude){name}" for name in OUTPUTS]
+    changed = _git(root, "status", "--porcelain", "--untracked-files=normal", "--", ".", *excluded)
+    return UNKNOWN if changed is None else str(bool(changed)).lower()
+
+
+def _git(root: Path, *arguments: str) -> str | None:
+    """The output of git in the project, or None where it fails."""
+    # A hook's variables would point git at another repository.
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("GIT_")}
+    command = ["git", "-C", str(root), *arguments]
+    try:
+        result = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=60, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return result.stdout.strip()
+
+
+def _sha256(path: Path) -> str:
+    return files.sha256_file(path) if path.is_file() else UNKNOWN
+
+
+def _data_md5(pointer: Path) -> str:
+    try:
+        return pin.pinned_md5(pointer)
+    except files.FileError:
+        return UNKNOWN
+
+
+def _yaml(path: Path) -> dict[str, object]:
+    return files.read_yaml_mapping(path) if path.is_file() else {}
+
+
+def _json(path: Path) -> dict[str, object]:
+    return files.read_json_object(path) if path.is_file() else {}

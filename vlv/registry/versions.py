@@ -1,15 +1,15 @@
 """Versions of registered models: their aliases and figures, listing them, fetching their files."""
 
-import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from vlv import tracking
 from vlv.config import Paths
+from vlv.evaluation import metrics
 from vlv.io import files
 from vlv.tracking import store
 
@@ -69,10 +69,10 @@ def list_models(paths: Paths) -> list[Version]:
 
 
 def version_with_alias(client: "MlflowClient", name: str, alias: str) -> int | None:
-    """The version that an alias points to; None where the alias is missing.
+    """The version that an alias points to; None where there is no such alias.
 
-    Read from the registered model: asking for a missing alias directly is INVALID_PARAMETER_VALUE in
-    MLflow 3.17, which a wrong argument is as well.
+    It is read from the registered model, because MLflow 3.17 answers a direct question for a missing alias with
+    INVALID_PARAMETER_VALUE, which is also its answer to a wrong argument.
 
     Raises:
         RegistryError: no model of that name.
@@ -94,46 +94,24 @@ def figures_of(one: "ModelVersion") -> dict[str, float]:
     return {str(key): float(value) for key, value in tagged.items()}
 
 
-def numbers(value: Any, prefix: str = "") -> dict[str, float]:
-    """The numbers in nested JSON objects under dotted keys; lists, texts and booleans are left out."""
-    found: dict[str, float] = {}
-    for key, inner in value.items() if isinstance(value, dict) else ():
-        if isinstance(inner, dict):
-            found.update(numbers(inner, f"{prefix}{key}."))
-        elif isinstance(inner, int | float) and not isinstance(inner, bool):
-            found[f"{prefix}{key}"] = float(inner)
-    return found
-
-
 @contextmanager
 def explained(uri: str) -> Iterator[None]:
-    """MLflow's failures as RegistryError, with what to do."""
+    """Turn MLflow's failures into RegistryError, with what to do."""
     from mlflow.exceptions import MlflowException
     from sqlalchemy.exc import SQLAlchemyError
 
     try:
         yield
     except (MlflowException, SQLAlchemyError, ConnectionError) as error:
-        shown = re.sub(r"//[^/@]*@", "//", uri)  # no password into messages
         if getattr(error, "error_code", None) in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
-            raise RegistryError(f"MLflow at {shown}: {error}. See what there is with: vlv models") from error
-        raise RegistryError(
-            f"MLflow at {shown} failed: {error}. Check MLFLOW_TRACKING_URI and the server, and run it again."
-        ) from error
+            message = f"MLflow at {uri}: {error}. List the registered versions with: vlv models"
+        else:
+            message = f"MLflow at {uri} failed: {error}. Check MLFLOW_TRACKING_URI and the server, and run it again."
+        raise RegistryError(tracking.without_password(message)) from error
 
 
 def _row(one: "ModelVersion", aliases: list[str]) -> Version:
-    figures = figures_of(one)
-    shown = [
-        f"{label} {figures[key]:.4g}"
-        for key, label in (
-            ("scenes.exact_match", "exact"),
-            ("scenes.object_recall", "recall"),
-            ("reconstruction.object_recall", "reconstruction recall"),
-            ("reconstruction.fid", "FID"),
-        )
-        if key in figures
-    ]
+    shown = metrics.summary(figures_of(one))
     created = datetime.fromtimestamp(one.creation_timestamp / 1000, UTC).strftime("%Y-%m-%d %H:%M UTC")
     tags = {key: value for key, value in one.tags.items() if key != FIGURES_TAG}
-    return Version(one.name, int(one.version), aliases, created, ", ".join(shown), one.run_id, tags)
+    return Version(one.name, int(one.version), aliases, created, shown, one.run_id, tags)

@@ -28,20 +28,20 @@ def run(stage: str, paths: Paths) -> dict[str, Any]:
     if stage not in NAMES:
         raise ValueError(f"There is no stage {stage!r}; there are: {', '.join(NAMES)}")
     settings = config.load(paths)
-    from vlv.training import workers
+    from vlv.training import launch
 
-    launch = settings.compute.launch_of(stage) if stage in _TRAININGS else None
-    if launch and not workers.inside():
-        return _run_in_workers(stage, launch, paths)
+    launch_file = settings.compute.launch_of(stage) if stage in _TRAININGS else None
+    if launch_file and not launch.inside():
+        return _run_in_workers(stage, launch_file, paths)
     # Imported on demand: torch and its friends take seconds, and no stage needs all of them.
-    with workers.reporting():
+    with launch.reporting():
         module = importlib.import_module(f"vlv.stages.{stage}")
         result: dict[str, Any] = module.run(settings, paths)
     return result
 
 
-def _run_in_workers(stage: str, launch: str, paths: Paths) -> dict[str, Any]:
-    from vlv.training import workers
+def _run_in_workers(stage: str, launch_file: str, paths: Paths) -> dict[str, Any]:
+    from vlv.training import launch
 
-    workers.run([sys.executable, "-m", "vlv", "run", stage], paths.root / launch, paths.root, dict(os.environ))
+    launch.run([sys.executable, "-m", "vlv", "run", stage], paths.root / launch_file, paths.root, dict(os.environ))
     return files.read_json_object(paths.metrics / f"{stage}.json")

@@ -10,12 +10,12 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from vlv import config
+from vlv import config, tracking
 from vlv.config import ConfigError, Paths
 from vlv.io import files
 from vlv.stages import lineage
 from vlv.stages.lineage import Origin
-from vlv.training import checkpoint
+from vlv.training import state
 
 log = logging.getLogger(__name__)
 
@@ -48,7 +48,7 @@ def adopt(stage: str, paths: Paths) -> Path:
     """
     origin = lineage.origin(stage, config.load(paths), paths)
     target = paths.work / stage / f"training-{origin.input_hash[:12]}"
-    if checkpoint.newest(target / "checkpoints"):
+    if state.newest(target / "checkpoints"):
         raise ConfigError(f"{target} is a training by the present code already: it goes on by itself")
     others = sorted(_others(target, origin), key=lambda other: other[1])
     if not others:
@@ -64,6 +64,7 @@ def adopt(stage: str, paths: Paths) -> Path:
         adopted = [*before["adopted"], {"step": step, "changed": changed}]
         files.write_json(old / _FILE, {"code": origin.code, "rest": origin.rest, "adopted": adopted})
     with files.folder_lock(target, "adoption"):
+        tracking.keep_undelivered(paths, target)
         shutil.rmtree(target)  # begun, without a checkpoint
     old.replace(target)
     return target
@@ -75,6 +76,6 @@ def _others(training: Path, origin: Origin) -> list[tuple[Path, int]]:
     for folder in training.parent.glob("training-*"):
         path = folder / _FILE
         if folder != training and path.exists() and files.read_json(path)["rest"] == origin.rest:
-            step = checkpoint.newest(folder / "checkpoints")
+            step = state.newest(folder / "checkpoints")
             found += [(folder, step)] if step else []
     return found

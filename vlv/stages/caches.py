@@ -14,6 +14,7 @@ from vlv.models.autoencoder import Autoencoder
 from vlv.models.captioner import Captioner
 from vlv.models.encoder import CaptionEncoder
 from vlv.stages import lineage
+from vlv.training import blocks
 
 # What reads the shards and keeps the results, whatever is computed.
 _KEPT_BY = ("vlv.data.cache:ShardCache.fill",)
@@ -22,11 +23,11 @@ _LIBRARIES = ("torch", "transformers", "diffusers")
 
 
 def latents(settings: Config, paths: Paths, model: Autoencoder) -> ShardCache:
-    """Mean and spread of the VAE's latents, each (B, c, h, w)."""
+    """Mean and std of the VAE's latents, each (B, c, h, w)."""
 
     def compute(batch: torch.Tensor) -> dict[str, torch.Tensor]:
-        mean, spread = model.decoder.encode(batch)
-        return {"latent_mean": mean, "latent_spread": spread}
+        mean, std = model.decoder.encode(batch)
+        return {"latent_mean": mean, "latent_std": std}
 
     roots = [
         *lineage.decoder_code(settings.decoder),
@@ -75,7 +76,7 @@ def _code(roots: list[str]) -> dict[str, str]:
 
 def _in_precision(compute: Compute, device: torch.device, precision: Precision) -> Compute:
     def computed(batch: torch.Tensor) -> Any:
-        with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
+        with blocks.autocast(device, precision):
             return compute(batch)
 
     return computed

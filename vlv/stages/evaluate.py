@@ -1,30 +1,24 @@
-"""Evaluation on the test split: captions, reconstructions, their ceilings and floors."""
+"""Evaluation on the test split: captions and reconstructions, measured beside their baselines and upper bounds."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-import torch
-
 from vlv import tracking
-from vlv.config import Config, Paths
+from vlv.config import Config, Evaluate, Paths
 from vlv.data.loader import ShardLoader
-from vlv.evaluation import frechet, intervals, report
-from vlv.evaluation.reconstruct import psnr, psnr_of_each
-from vlv.evaluation.sentences import SentenceModel, similarity
+from vlv.evaluation import fid, figures, intervals, metrics, truth
+from vlv.evaluation.metrics import Compared
+from vlv.evaluation.similarity import SentenceModel, cosines
 from vlv.io import assets, files, images
 from vlv.io.images import Pixels
-from vlv.io.progress import meter
-from vlv.models import device
+from vlv.io.tables import numbers
+from vlv.models import saved
 from vlv.models.autoencoder import Autoencoder
 from vlv.models.captioner import Captioner
-from vlv.registry.versions import numbers
-from vlv.stages import lineage, stage2
-from vlv.tiny import scenes
-from vlv.tiny.counting import score, terms
-from vlv.tiny.recogniser import SceneRecogniser
-from vlv.tiny.scenes import Scene
+from vlv.stages import outputs
 
 log = logging.getLogger(__name__)
 
@@ -33,34 +27,34 @@ _SHOWN = 8  # pictures in the grid
 
 @dataclass(frozen=True)
 class TestSet:
-    """The first test samples in file order; `scenes` is empty where the truth is not known."""
+    """The first test samples in file order. `truth` and `held_out` are empty where the truth is not known."""
 
     keys: list[str]
     pixels: list[Pixels]
     captions: list[str | None]
-    scenes: list[Scene]
-    novel_pair: list[bool]
+    truth: list[Any]
+    held_out: list[bool]
 
 
 def run(settings: Config, paths: Paths) -> dict[str, Any]:
     """Write metrics/evaluate.json, plots/evaluate*.png and work/evaluate/."""
+    e = settings.evaluate
     with tracking.start_run(paths, "evaluate", system_metrics=False) as run_:
-        test = read_test_set(settings, paths)
-        result: dict[str, Any] = {"profile": settings.profile, "evaluation_set": _set_hash(test, settings)}
-        written = _captions(Captioner.load(paths.work / "stage2" / "model", paths), test, settings)
-        if test.scenes:
-            result["scenes"] = _score_captions(settings, paths, written, test)
-        true = [caption for caption in test.captions if caption]
-        if settings.evaluate.sentence_model and len(true) == len(written):
-            network = assets.resolve(settings.evaluate.sentence_model, paths)
-            sentences = SentenceModel(network, device.for_inference())
-            result["captions"] = similarity(sentences, written, true)
-        result["reconstruction"], drawn = _reconstructions(settings, paths, test)
+        test = read_test_set(e, paths.data)
+        result: dict[str, Any] = {"profile": settings.profile, "evaluation_set": _set_hash(test, e)}
+        captioner = Captioner.load(paths.work / "stage2" / "model", paths)
+        written = outputs.captions(captioner, test.pixels, e.batch_size)
+        if test.truth:
+            result["scenes"] = _count_captions(settings, paths, written, test)
+        if e.sentence_model and all(test.captions):
+            result["captions"] = _compare_sentences(assets.resolve(e.sentence_model, paths), written, test.captions)
+        result["reconstruction"], drawn = _reconstruct(e, paths, test)
         result["not_better_than_shuffled"] = intervals.not_better(result)
         for figure, sentence in result["not_better_than_shuffled"].items():
             log.warning("%s is not clearly better than on shuffled images: %s", figure, sentence)
         files.write_json(paths.metrics / "evaluate.json", result)
-        _write_pictures(settings, paths, test, written, drawn)
+        _write_pictures(paths, test, written, drawn)
+        _plot_captions(result, paths.plots / "evaluate.png")
         for path in sorted(paths.plots.glob("evaluate*.png")):
             run_.log_artifact(path)
         run_.log_artifact(paths.metrics / "evaluate.json")
@@ -69,166 +63,135 @@ def run(settings: Config, paths: Paths) -> dict[str, Any]:
     return result
 
 
-def read_test_set(settings: Config, paths: Paths) -> TestSet:
+def read_test_set(e: Evaluate, data: Path) -> TestSet:
     """The first `evaluate.captions` test samples (all of them if there are fewer)."""
     test = TestSet([], [], [], [], [])
-    loader = ShardLoader(paths.data, "test", settings.evaluate.batch_size)
-    for batch in loader.iterate(settings.evaluate.captions):
+    counting = truth.load(e.counting) if e.counting else None
+    for batch in ShardLoader(data, "test", e.batch_size).iterate(e.captions):
         assert batch.images is not None
         test.keys.extend(batch.keys)
         test.pixels.extend(images.to_arrays(batch.images))
         test.captions.extend(batch.captions)
-        if "scene" in batch.meta[0]:
-            test.scenes.extend(batch.scenes)
-            test.novel_pair.extend(bool(meta["novel_pair"]) for meta in batch.meta)
+        if counting is not None and counting.truth_of(batch.meta[0]) is not None:
+            test.truth.extend(counting.truth_of(meta) for meta in batch.meta)
+            test.held_out.extend(counting.is_held_out(meta) for meta in batch.meta)
     return test
 
 
-def _set_hash(test: TestSet, settings: Config) -> str:
-    """What figures must share to be comparable: the samples and how they are measured."""
+def _set_hash(test: TestSet, e: Evaluate) -> str:
+    """What figures must share to be comparable: the samples, and how they are measured."""
     contents = "".join(key + files.sha256_bytes(p.tobytes()) for key, p in zip(test.keys, test.pixels, strict=True))
-    return files.sha256_bytes((contents + settings.evaluate.model_dump_json()).encode())
+    return files.sha256_bytes((contents + e.model_dump_json()).encode())
 
 
 # -- captions ------------------------------------------------------------------------------------------
 
 
-def _captions(captioner: Captioner, test: TestSet, settings: Config) -> list[str]:
-    size = settings.evaluate.batch_size
-    captioner.to(device.for_inference())
-    written: list[str] = []
-    with meter("Captions", len(test.pixels)) as progress:
-        for i in range(0, len(test.pixels), size):
-            written += captioner.caption(test.pixels[i : i + size], size)
-            progress.advance(len(written) - i)
-    return written
+def _count_captions(settings: Config, paths: Paths, written: list[str], test: TestSet) -> dict[str, Any]:
+    assert settings.evaluate.counting is not None
+    counting = truth.load(settings.evaluate.counting)
+    read = counting.read_captions(written)
+    everything = range(len(read))
+
+    def compared(said: Sequence[Any], rows: Sequence[int] = everything) -> Compared:
+        return Compared(len(rows), counting.terms([said[i] for i in rows], [test.truth[i] for i in rows]))
+
+    result: dict[str, Any] = metrics.measure("scenes", compared(read))
+    for name, held_out in ((metrics.HELD_OUT, True), (metrics.SEEN, False)):
+        if rows := [i for i in everything if test.held_out[i] == held_out]:
+            result[name] = metrics.measure("scenes", compared(read, rows))
+    shuffled = compared(intervals.shuffled(read))
+    result[intervals.KEY] = _versus("scenes", compared(read), shuffled)
+    alone = outputs.captions_without_image(settings, paths, len(read))
+    baselines = {"shuffled": shuffled, "no_image": compared(counting.read_captions(alone))}
+    if settings.evaluate.untrained_baseline:
+        untrained = outputs.captions_without_stage1(settings, paths, test.pixels)
+        baselines["untrained_stage1"] = compared(counting.read_captions(untrained))
+    result[metrics.BASELINES] = {name: metrics.measure("scenes", one) for name, one in baselines.items()}
+    return result
 
 
-def _score_captions(settings: Config, paths: Paths, written: list[str], test: TestSet) -> dict[str, Any]:
-    read = [scenes.read_caption(text) for text in written]
-    novel = [i for i, is_novel in enumerate(test.novel_pair) if is_novel]
-    seen = [i for i, is_novel in enumerate(test.novel_pair) if not is_novel]
-    result: dict[str, Any] = dict(score(read, test.scenes).to_json())
-    for name, chosen in (("held_out_pairs", novel), ("seen_pairs", seen)):
-        if chosen:
-            result[name] = score([read[i] for i in chosen], [test.scenes[i] for i in chosen]).to_json()
-    # The truth of another scene: what captions score that do not look at the image.
-    shuffled = [*read[1:], read[0]]
-    result[intervals.KEY] = intervals.versus(terms(read, test.scenes), terms(shuffled, test.scenes))
-    floors: dict[str, Any] = {"shuffled": score(shuffled, test.scenes).to_json()}
-    alone = _write_without_image(settings, paths, len(test.scenes))
-    floors["no_image"] = score([scenes.read_caption(t) for t in alone], test.scenes).to_json()
-    if settings.evaluate.untrained_floor:
-        floors["untrained_stage1"] = _untrained_floor(settings, paths, test)
-    return result | {"floors": floors}
+def _compare_sentences(model: Path, written: Sequence[str], captions: Sequence[str | None]) -> dict[str, Any]:
+    """How near captions are to the true ones, which all samples must have."""
+    true = [caption or "" for caption in captions]
+    both = cosines(SentenceModel(model, saved.inference_device()), written, true)
+    own, another = (Compared(len(written), cosines=values) for values in both)
+    return {
+        **metrics.measure("captions", own),
+        metrics.BASELINES: {"shuffled": metrics.measure("captions", another)},
+        intervals.KEY: _versus("captions", own, another),
+    }
 
 
-def _write_without_image(settings: Config, paths: Paths, count: int) -> list[str]:
-    """Captions that the pretrained language model samples by itself."""
-    alone = Captioner.build(settings, paths).eval().to(device.for_inference())
-    torch.manual_seed(settings.evaluate.seed)
-    written: list[str] = []
-    while len(written) < count:
-        written += alone.write(None, min(settings.evaluate.batch_size, count - len(written)))
-    return written
-
-
-def _untrained_floor(settings: Config, paths: Paths, test: TestSet) -> dict[str, Any]:
-    """Stage 2, same budget, on an auto-encoder that Stage 1 never trained."""
-    untrained = Autoencoder.build(settings, paths).eval()
-    origin = lineage.origin("evaluate", settings, paths)
-    fingerprint = files.sha256_bytes((lineage.fingerprint_of(untrained.encoder) + origin.input_hash).encode())
-    folder = paths.work / "evaluate" / f"untrained-{fingerprint[:12]}"
-    captioner, _ = stage2.train_captioner(
-        settings, paths, untrained.encoder, folder, fingerprint, lambda step, values: None, "Floor: untrained Stage 1"
-    )
-    written = _captions(captioner, test, settings)
-    return score([scenes.read_caption(text) for text in written], test.scenes).to_json()
+def _versus(part: metrics.Part, ours: Compared, baseline: Compared) -> dict[str, Any]:
+    return intervals.versus(metrics.terms(part, ours), metrics.terms(part, baseline))
 
 
 # -- reconstructions -----------------------------------------------------------------------------------
 
 
-def _reconstructions(settings: Config, paths: Paths, test: TestSet) -> tuple[dict[str, Any], dict[str, list[Pixels]]]:
-    """Figures, and the drawn pictures by name."""
-    e = settings.evaluate
-    model = Autoencoder.load(paths.work / "stage1" / "model", paths).to(device.for_inference())
-    count = min(e.reconstructions, len(test.pixels))
-    size = settings.decoder.image_size
-    true = [images.resize_crop(p, size) for p in test.pixels[:count]]
-    batches = [list(range(i, min(i + e.batch_size, count))) for i in range(0, count, e.batch_size)]
-    captions = test.captions[:count]
-    kinds = ["reconstruction", "vae"] + (["ceiling"] if all(captions) else [])
-    drawn: dict[str, list[Pixels]] = {kind: [] for kind in kinds}
-    with (
-        torch.no_grad(),
-        torch.autocast(model.device.type, torch.bfloat16),
-        meter("Reconstructions", count * len(kinds)) as progress,
-    ):
-        for rows in batches:
-            batch = images.to_batch([true[i] for i in rows])
-            seeds = [e.seed + i for i in rows]
-            context = model.context(images.to_batch([test.pixels[i] for i in rows]))
-            contexts = {"reconstruction": context}
-            if "ceiling" in kinds:
-                contexts["ceiling"] = model.decoder.embed_text([captions[i] or "" for i in rows])
-            drawn["vae"] += images.to_arrays(model.decoder.decode(model.decoder.encode(batch)[0]))
-            for name, given in contexts.items():
-                drawn[name] += images.to_arrays(model.decoder.sample(given.float(), seeds, e.steps, e.guidance))
-            progress.advance(len(rows) * len(kinds))
-    return _measure(settings, paths, drawn, true, test.scenes[:count]), drawn
+def _reconstruct(e: Evaluate, paths: Paths, test: TestSet) -> tuple[dict[str, Any], dict[str, list[Pixels]]]:
+    """The figures, and the pictures by what they were drawn from."""
+    model = Autoencoder.load(paths.work / "stage1" / "model", paths).to(saved.inference_device())
+    pixels = test.pixels[: e.reconstructions]
+    drawn = outputs.pictures(model, e, pixels, test.captions[: e.reconstructions])
+    true = [images.resize_crop(p, model.decoder.image_size) for p in pixels]
+    figures_ = _measure_pictures(e, paths, drawn, true, test.truth[: e.reconstructions])
+    return figures_ | {"guidance": e.guidance, "steps": e.steps, "seed": e.seed}, drawn
 
 
-def _measure(
-    settings: Config, paths: Paths, drawn: dict[str, list[Pixels]], true: list[Pixels], truth: Sequence[Scene]
+def _measure_pictures(
+    e: Evaluate, paths: Paths, drawn: dict[str, list[Pixels]], true: list[Pixels], known: Sequence[Any]
 ) -> dict[str, Any]:
-    e = settings.evaluate
-    judge = None
-    if e.recogniser and truth:
-        judge = SceneRecogniser.load(assets.resolve(e.recogniser, paths))
-    network = real = None
-    if e.feature_network and len(true) > 1:
-        network = frechet.load_network(assets.resolve(e.feature_network, paths), device.for_inference())
-        real = frechet.features(network, true)
+    count, inception = _counter(e, paths, known), _inception(e, paths, true)
 
-    def measure(pictures: list[Pixels], against: list[Pixels], scenes_: Sequence[Scene]) -> dict[str, Any]:
-        figures: dict[str, Any] = {"n": len(pictures), "psnr": round(psnr(pictures, against), 3)}
-        if judge is not None:
-            figures |= score(judge.read(images.to_batch(pictures)), scenes_).to_json()
-        return figures
+    def compared(pictures: list[Pixels]) -> Compared:
+        return Compared(len(pictures), count(pictures), drawn=pictures, true=true, features=inception(pictures))
 
-    def counted(pictures: list[Pixels]) -> dict[str, intervals.Terms]:
-        found = {"psnr": intervals.means(psnr_of_each(pictures, true))}
-        return found if judge is None else found | terms(judge.read(images.to_batch(pictures)), truth)
-
-    by_name = {name: measure(pictures, true, truth) for name, pictures in drawn.items()}
-    if network is not None and real is not None:
-        for name, pictures in drawn.items():
-            by_name[name]["fid"] = round(frechet.distance(frechet.features(network, pictures), real), 3)
-    recon = drawn["reconstruction"]
-    others = [*recon[1:], recon[0]]
-    shuffled = measure(others, true, truth)  # its FID is that of the reconstructions
-    result = by_name["reconstruction"]
-    for name in ("ceiling", "vae"):
-        if name in by_name:
-            result[name] = by_name[name]
-    result["floors"] = {"shuffled": shuffled}
-    result[intervals.KEY] = intervals.versus(counted(recon), counted(others))
-    if judge is not None:
-        result["judge_on_real_scenes"] = score(judge.read(images.to_batch(true)), truth).to_json()
-        if ceiling := by_name.get("ceiling", {}).get("object_recall"):
-            result["recall_of_ceiling"] = round(result["object_recall"] / ceiling, 4)
-    return result | {"guidance": e.guidance, "steps": e.steps, "seed": e.seed}
+    ours = compared(drawn[outputs.RECONSTRUCTION])
+    # The FID of shuffled pictures is that of the pictures: it compares two sets.
+    others = intervals.shuffled(drawn[outputs.RECONSTRUCTION])
+    shuffled = Compared(len(others), count(others), drawn=others, true=true)
+    result: dict[str, Any] = metrics.measure("reconstruction", ours)
+    for name in (metrics.UPPER_BOUND, metrics.VAE):
+        if name in drawn:
+            result[name] = metrics.measure("reconstruction", compared(drawn[name]))
+    result[metrics.BASELINES] = {"shuffled": metrics.measure("reconstruction", shuffled)}
+    result[intervals.KEY] = _versus("reconstruction", ours, shuffled)
+    if on_real := count(true):
+        result[metrics.JUDGE] = metrics.measure("scenes", Compared(len(true), on_real))
+        if recall := result.get(metrics.UPPER_BOUND, {}).get("object_recall"):
+            result[metrics.SHARE_OF_UPPER_BOUND] = round(result["object_recall"] / recall, 4)
+    return result
 
 
-def _write_pictures(
-    settings: Config, paths: Paths, test: TestSet, written: list[str], drawn: dict[str, list[Pixels]]
-) -> None:
+def _counter(e: Evaluate, paths: Paths, known: Sequence[Any]) -> Callable[[list[Pixels]], dict[str, intervals.Terms]]:
+    """Counts what a network reads in pictures against the truth; nothing where the truth is not known."""
+    if not (e.counting and e.recogniser and known):
+        return lambda pictures: {}
+    counting = truth.load(e.counting)
+    read = counting.load_judge(assets.resolve(e.recogniser, paths))
+    return lambda pictures: counting.terms(read(images.to_batch(pictures)), known)
+
+
+def _inception(e: Evaluate, paths: Paths, true: list[Pixels]) -> "Callable[[list[Pixels]], metrics.Features | None]":
+    """Inception features of pictures and of the true ones; None without a network, or for a single image."""
+    if not e.feature_network or len(true) < 2:
+        return lambda pictures: None
+    network = fid.load_network(assets.resolve(e.feature_network, paths), saved.inference_device())
+    real = fid.features(network, true)
+    return lambda pictures: (fid.features(network, pictures), real)
+
+
+# -- what people look at -------------------------------------------------------------------------------
+
+
+def _write_pictures(paths: Paths, test: TestSet, written: list[str], drawn: dict[str, list[Pixels]]) -> None:
     folder = paths.work / "evaluate"
-    shown = min(_SHOWN, len(drawn["reconstruction"]))
-    rows = {"original": test.pixels, "reconstruction": drawn["reconstruction"], "VAE": drawn["vae"]}
-    if "ceiling" in drawn:
-        rows["from its caption"] = drawn["ceiling"]
+    shown = min(_SHOWN, len(drawn[outputs.RECONSTRUCTION]))
+    rows = {"original": test.pixels, "reconstruction": drawn[outputs.RECONSTRUCTION], "VAE": drawn[metrics.VAE]}
+    if metrics.UPPER_BOUND in drawn:
+        rows["from its caption"] = drawn[metrics.UPPER_BOUND]
     grid = images.grid([pictures[:shown] for pictures in rows.values()], list(rows), written)
     for path in (folder / "pictures" / "grid.png", paths.plots / "evaluate_grid.png"):
         files.write_bytes(path, images.encode_png(grid))
@@ -240,9 +203,13 @@ def _write_pictures(
         for key, text, true in zip(test.keys, written, test.captions, strict=True)
     ]
     files.write_json(folder / "captions.json", captions)
-    result = files.read_json_object(paths.metrics / "evaluate.json")
-    if "scenes" in result:
-        groups = {"captions": result["scenes"], **result["scenes"]["floors"]}
-        unlearned = [key for key in result["not_better_than_shuffled"] if key.startswith("scenes.")]
-        note = f"\nnot clearly better than on shuffled images: {', '.join(unlearned)}" if unlearned else ""
-        report.plot_scores(groups, f"Captions of held-out scenes{note}", paths.plots / "evaluate.png")
+
+
+def _plot_captions(result: dict[str, Any], path: Path) -> None:
+    """The counts of the captions and of their baselines as bars, where the truth is known."""
+    if "scenes" not in result:
+        return
+    unlearned = [key for key in result["not_better_than_shuffled"] if key.startswith("scenes.")]
+    note = f"\nnot clearly better than on shuffled images: {', '.join(unlearned)}" if unlearned else ""
+    groups = {"captions": result["scenes"], **result["scenes"][metrics.BASELINES]}
+    figures.plot_scores(groups, f"Captions of held-out scenes{note}", path)

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from vlv import config
 from vlv.config import Config, Paths
+from vlv.evaluation import truth
 from vlv.inputs import closure
 from vlv.io import assets, files
 
@@ -24,12 +25,23 @@ SETTINGS = {
 # How a step is computed, not what: a stopped training may go on with another choice.
 _FREE = {"accumulation", "gradient_checkpointing"}
 # The code that MLflow runs when it serves a registered version.
-_SERVED = ("vlv.serving.captioner_model:CaptionerModel", "vlv.serving.autoencoder_model:AutoencoderModel")
+_SERVED = ("vlv.registry.serving:ServedModel",)
 
 
 def decoder_code(section: config.Decoder) -> list[str]:
-    """Where the code of a kind of decoder begins, as roots for `closure`: it is imported by its kind's name."""
-    return [f"vlv.models.{side}.{section.kind}:build" for side in ("conditioners", "decoders")]
+    """Where the code of the configured kind of decoder begins, as roots for `closure`: it is imported by its name.
+
+    All code counts in the module of a kind from outside the package.
+
+    Raises:
+        ConfigError: there is no such module.
+    """
+    module = section.module
+    if not (everything := closure.definitions(module)):
+        raise config.ConfigError(
+            f"decoder.kind: there is no module {module}. Install it, or start Python in the folder that holds it."
+        )
+    return [f"{module}:build_conditioner", f"{module}:build"] if module.startswith("vlv.") else everything
 
 
 def roots(stage: str, settings: Config) -> list[str]:
@@ -37,6 +49,8 @@ def roots(stage: str, settings: Config) -> list[str]:
     found = [f"vlv.stages.{stage}:run"]
     if stage != "validate":
         found += decoder_code(settings.decoder)
+    if stage == "evaluate" and settings.evaluate.counting:
+        found += [f"{settings.evaluate.counting}:{function}" for function in truth.FUNCTIONS]
     return [*found, *_SERVED] if stage == "register" else found
 
 
@@ -48,7 +62,7 @@ def inputs(stage: str, settings: Config, paths: Paths) -> dict[str, Any]:
     """
     dump = settings.model_dump(mode="json", by_alias=True)
     return {
-        "code": closure.sources().reached(roots(stage, settings)),
+        "code": closure.hashes(roots(stage, settings)),
         "settings": {key: _setting(dump, key) for key in SETTINGS[stage]},
         "parts": _parts(stage, settings, paths),
     }

@@ -10,13 +10,13 @@ from typing import Any
 from vlv import tracking
 from vlv.config import Config, Paths, Training
 from vlv.data import shards
-from vlv.evaluation import report
+from vlv.evaluation import figures
 from vlv.io import files
+from vlv.io.tables import numbers
 from vlv.stages import adoption
 from vlv.stages.lineage import Origin
-from vlv.tracking.mirror import mirrored
-from vlv.tracking.run import flatten
-from vlv.training import ledger, runtime
+from vlv.tracking.wandb_copy import wandb_copy
+from vlv.training import distributed, ledger
 
 
 class Record:
@@ -38,7 +38,7 @@ class Record:
 
     def result(self) -> dict[str, Any]:
         """The figures as written; none in a process that does not write."""
-        if not runtime.is_main():
+        if not distributed.is_main():
             return {}
         figures: dict[str, Any] = files.read_json(self.paths.metrics / f"{self.stage}.json")
         return figures
@@ -53,27 +53,25 @@ def training_record(
     At the end the curve goes to plots/STAGE.csv and .png, the figures to metrics/STAGE.json, all of it and the
     model to the run, and the checkpoints are removed. Of several processes the main one does all this.
     """
-    if not runtime.is_main():
+    if not distributed.is_main():
         yield lambda step, values: None
         return
-    curve = record.training / "curve.jsonl"
     parameters = settings.model_dump(mode="json", by_alias=True)
     identity = f"{record.stage}-{record.training.name}"
     with (
-        tracking.start_run(record.paths, record.stage, resume_file=record.training / "run.json") as run,
-        mirrored(settings.tracking, record.paths, record.stage, identity, parameters) as mirror,
+        tracking.start_run(record.paths, record.stage, folder=record.training) as run,
+        wandb_copy(settings.tracking, record.paths, record.stage, identity, parameters) as copy,
     ):
         run.log_params(parameters)
         log_data(run, record.paths)
 
         def on_log(step: int, values: dict[str, float]) -> None:
-            files.append_json_line(curve, {"step": step, **values})
             run.log_metrics(values, step)
-            mirror.log(values, step)
+            copy(step, values)
 
         adopted = adoption.begin(record.training, record.origin)
         yield on_log
-        rows = _rows(curve, run)
+        rows = _rows(run, training)
         last = rows[-max(1, len(rows) // 20) :]
         seconds = sum(training.log_every * training.batch_size / row["samples_per_second"] for row in rows)
         record.figures |= {"adopted": adopted} if adopted else {}
@@ -85,30 +83,27 @@ def training_record(
             "cost": ledger.costs(record.training, settings.compute),
         }
         files.write_json(record.paths.metrics / f"{record.stage}.json", record.figures)
-        report.write_curve(rows, record.paths.plots / f"{record.stage}.csv")
-        report.plot_curve(rows, record.stage, record.paths.plots / f"{record.stage}.png")
+        figures.write_curve(rows, record.paths.plots / f"{record.stage}.csv")
+        figures.plot_curve(rows, record.stage, record.paths.plots / f"{record.stage}.png")
         run.log_artifact(record.paths.plots / f"{record.stage}.png")
         run.log_artifact(record.model)
-        numbers = {k: float(v) for k, v in flatten(record.figures).items() if isinstance(v, int | float)}
-        run.log_metrics(numbers, training.steps)
+        run.log_metrics(numbers(record.figures), training.steps)
     for old in record.folder.glob("training-*"):
+        tracking.keep_undelivered(record.paths, old)
         shutil.rmtree(old)
 
 
-def _rows(curve: Path, run: tracking.Run) -> list[dict[str, float]]:
-    """The curve by step. A resumed training may have logged some steps twice: the last word counts.
-
-    Lines that a kill or a bad disk took from the file come from the run's journal, which has the same points.
-    """
+def _rows(run: tracking.Run, training: Training) -> list[dict[str, float]]:
+    """The curve by step. Points that a bad disk took from the record come from MLflow."""
     keys = ("loss", "learning_rate", "samples_per_second")
-
-    def is_point(row: dict[str, Any]) -> bool:
-        numbers = all(isinstance(row.get(key), float) and math.isfinite(row[key]) for key in keys)
-        return numbers and isinstance(row.get("step"), int) and row["samples_per_second"] > 0
-
-    points: dict[int, dict[str, float]] = {step: {"step": step, **rest} for step, rest in run.curve(keys).items()}
-    points |= {row["step"]: row for row in files.read_json_lines(curve, is_point)}
-    return [points[step] for step in sorted(points)]
+    points = run.curve(keys)
+    if not points.keys() >= set(range(training.log_every, training.steps + 1, training.log_every)):
+        points = run.recall(keys) | points
+    return [
+        {"step": step, **values}
+        for step, values in sorted(points.items())
+        if all(map(math.isfinite, values.values())) and values["samples_per_second"] > 0
+    ]
 
 
 def log_data(run: tracking.Run, paths: Paths) -> None:

@@ -10,7 +10,7 @@ from vlv.config import Config, ConfigError, Paths
 from vlv.data.loader import ShardLoader
 from vlv.io import files
 from vlv.io.images import encode_png, to_arrays
-from vlv.models import saved as folders
+from vlv.models import saved
 
 
 def run(settings: Config, paths: Paths) -> dict[str, Any]:
@@ -30,7 +30,7 @@ def run(settings: Config, paths: Paths) -> dict[str, Any]:
             with tempfile.TemporaryDirectory() as temporary:
                 bundle = Path(temporary) / "model"
                 # With its parts: a registered version needs nothing of this folder to load.
-                folders.bundle(paths.work / stage / "model", paths, bundle)
+                saved.bundle(paths.work / stage / "model", paths, bundle)
                 version = registry.register(
                     paths, name, served, model_folder=bundle, example=example, evaluation=evaluation,
                     tags=tags, run_id=run_id,

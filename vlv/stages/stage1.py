@@ -8,39 +8,39 @@ import torch
 from vlv.config import Config, Paths
 from vlv.data import shards
 from vlv.data.cache import ShardCache
-from vlv.data.loader import ShardLoader
-from vlv.data.prefetch import prefetched
-from vlv.evaluation import report
+from vlv.data.loader import ShardLoader, prefetched
+from vlv.evaluation import figures
 from vlv.models.autoencoder import Autoencoder, Stage1Batch
 from vlv.stages import caches, lineage
 from vlv.stages.record import Record, training_record
-from vlv.training import loop, runtime
+from vlv.training import distributed, loop
 
 
 def run(settings: Config, paths: Paths) -> dict[str, Any]:
     """Train on the training images; captions are never read."""
-    device = runtime.join(settings.compute.patience_minutes)
+    device = distributed.join(settings.compute.timeout_minutes)
     model = Autoencoder.build(settings, paths).to(device)
     loader = _loader(settings, paths, model)
 
     def batches(step: int) -> Iterator[Stage1Batch]:
         for batch in prefetched(loader.batches(step * settings.stage1.accumulation), device):
             extra = batch.extra
-            yield Stage1Batch(batch.images, extra.get("features"), extra.get("latent_mean"), extra.get("latent_spread"))
+            yield Stage1Batch(batch.images, extra.get("features"), extra.get("latent_mean"), extra.get("latent_std"))
 
     origin = lineage.origin("stage1", settings, paths)
     record = Record("stage1", paths, origin)
     with training_record(record, settings, settings.stage1) as on_log:
         loop.train(model, batches, settings.stage1, record.training, origin.rest, on_log, "Stage 1")
-        if runtime.is_main():
-            model.save(record.model, settings, paths, report.card("autoencoder", settings))
+        if distributed.is_main():
+            model.save(record.model, settings, paths, figures.card("autoencoder", settings))
     return record.result()
 
 
 def _loader(settings: Config, paths: Paths, model: Autoencoder) -> ShardLoader:
     """Training images, or what the frozen parts make of them where the configuration caches that."""
     s = settings.stage1
-    rank, world = runtime.rank(), runtime.world()
+    rank, world_size = distributed.rank(), distributed.world_size()
+    images = distributed.micro_batch_size(s, s.batch_size // s.draws_per_image) * world_size
     entries = shards.read_manifest(paths.data).splits["train"].shards
     kept: list[ShardCache] = []
     if s.cache_latents:
@@ -48,13 +48,13 @@ def _loader(settings: Config, paths: Paths, model: Autoencoder) -> ShardLoader:
     if s.cache_features:
         kept.append(caches.features(settings, paths, model.encoder, s.precision))
     for cache in kept:
-        cache.fill(entries, rank=rank, world_size=world)
+        cache.fill(entries, rank=rank, world_size=world_size)
     by_name = {entry.name: entry for entry in entries}
 
     def extra(name: str) -> dict[str, torch.Tensor]:
         return {key: value for cache in kept for key, value in cache.load(by_name[name]).items()}
 
     return ShardLoader(
-        paths.data, "train", runtime.share(s, s.batch_size // s.draws_per_image) * world, seed=s.seed, rank=rank,
-        world_size=world, with_images=not (s.cache_latents and s.cache_features), extra=extra,
+        paths.data, "train", images, seed=s.seed, rank=rank, world_size=world_size,
+        with_images=not (s.cache_latents and s.cache_features), extra=extra,
     )  # fmt: skip

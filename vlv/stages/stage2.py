@@ -6,19 +6,19 @@ from pathlib import Path
 from typing import Any
 
 from vlv.config import Config, Paths
-from vlv.data import shards, text
+from vlv.data import shards
 from vlv.data.cache import ShardCache
-from vlv.data.loader import Grouping, ShardLoader
-from vlv.data.prefetch import prefetched
-from vlv.evaluation import report
+from vlv.data.loader import Grouping, ShardLoader, prefetched
+from vlv.evaluation import figures
+from vlv.models import caption_tokens
 from vlv.models.autoencoder import Autoencoder
 from vlv.models.captioner import Captioner, Stage2Batch
 from vlv.models.encoder import CaptionEncoder
 from vlv.stages import caches, lineage
 from vlv.stages.record import Record, training_record
-from vlv.training import loop, parallel, runtime
+from vlv.training import distributed, loop
 
-_MEASURED = 2000  # samples that a context's mean and spread are taken from where not all are computed
+_MEASURED = 2000  # samples that a context's mean and std are taken from where not all are computed
 
 
 def run(settings: Config, paths: Paths) -> dict[str, Any]:
@@ -29,8 +29,8 @@ def run(settings: Config, paths: Paths) -> dict[str, Any]:
     with training_record(record, settings, settings.stage2) as on_log:
         captioner, cut = train_captioner(settings, paths, trained, record.training, origin.rest, on_log, "Stage 2")
         record.figures["captions_cut"] = cut
-        if runtime.is_main():
-            captioner.save(record.model, settings, paths, report.card("captioner", settings))
+        if distributed.is_main():
+            captioner.save(record.model, settings, paths, figures.card("captioner", settings))
     return record.result()
 
 
@@ -45,10 +45,10 @@ def train_captioner(
 ) -> tuple[Captioner, int]:
     """Stage 2 on an encoder as Stage 1 left it, in `folder`; returns the captioner and how many captions were cut."""
     s = settings.stage2
-    device = runtime.join(settings.compute.patience_minutes)
+    device = distributed.join(settings.compute.timeout_minutes)
     captioner = Captioner.build(settings, paths)
     captioner.encoder.load_state_dict(encoder.state_dict())
-    captioner.choose(settings)
+    captioner.choose(settings.stage1, settings.stage2)
     captioner.to(device)
     loader = _loader(settings, paths, captioner)
     cut = 0
@@ -60,30 +60,30 @@ def train_captioner(
                 key = batch.keys[batch.captions.index(None)]
                 raise shards.DataError(f"Sample {key} has no caption; Stage 2 needs one for each image.")
             captions = [caption for caption in batch.captions if caption is not None]
-            tokens = text.tokenize(captioner.tokenizer, captions, s.max_caption_tokens)
+            tokens = caption_tokens.tokenize(captioner.tokenizer, captions, s.max_caption_tokens)
             cut += tokens.cut
-            ids, labels = text.collate(tokens.ids, captioner.tokenizer.pad_token_id or 0)
+            ids, labels = caption_tokens.collate(tokens.ids, captioner.tokenizer.pad_token_id or 0)
             extra = batch.extra
             yield Stage2Batch(extra.get("context"), ids, labels, batch.images, extra.get("features"))
 
     loop.train(captioner, batches, s, folder, fingerprint, on_log, title)
-    (all_cut,) = parallel.agree([cut], device)
+    (all_cut,) = distributed.all_reduce([cut], device)
     return captioner.eval(), int(all_cut)
 
 
 def _loader(settings: Config, paths: Paths, captioner: Captioner) -> ShardLoader:
     """Training pairs, with what the frozen parts make of the images where that can be kept."""
     s = settings.stage2
-    rank, world = runtime.rank(), runtime.world()
+    rank, world_size = distributed.rank(), distributed.world_size()
     entries = shards.read_manifest(paths.data).splits["train"].shards
     by_name = {entry.name: entry for entry in entries}
 
     def filled(cache: ShardCache, needed: list[shards.ShardEntry]) -> ShardCache:
-        cache.fill(needed, rank=rank, world_size=world)
+        cache.fill(needed, rank=rank, world_size=world_size)
         return cache
 
     kept: ShardCache | None = None
-    frozen = s.learn != "mlp+llm+encoder"
+    frozen = not s.trains_encoder
     if frozen or settings.language_model.standardise_context:
         # A learning encoder's context is needed only to be measured once, where it starts.
         needed = entries if frozen else _first(entries, _MEASURED)
@@ -97,10 +97,11 @@ def _loader(settings: Config, paths: Paths, captioner: Captioner) -> ShardLoader
     tokenizer = copy.deepcopy(captioner.tokenizer)  # batches may be fetched in another thread
 
     def length(caption: str | None) -> int:
-        return len(text.tokenize(tokenizer, [caption or ""], s.max_caption_tokens).ids[0])
+        return len(caption_tokens.tokenize(tokenizer, [caption or ""], s.max_caption_tokens).ids[0])
 
     return ShardLoader(
-        paths.data, "train", runtime.share(s, s.batch_size) * world, seed=s.seed, rank=rank, world_size=world,
+        paths.data, "train", distributed.micro_batch_size(s, s.batch_size) * world_size, seed=s.seed, rank=rank,
+        world_size=world_size,
         with_images=kept is None, extra=(lambda name: kept.load(by_name[name])) if kept else None,
         grouping=Grouping(length, s.batch_size, s.bucket_window) if s.batching == "bucketed" else None,
     )  # fmt: skip

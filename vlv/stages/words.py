@@ -1,4 +1,4 @@
-"""Whether the captions in data/ fit the language model, and which profile has one that they fit."""
+"""Tells whether the language model's tokenizer holds the words of the captions in data/, and which profiles' do."""
 
 from collections.abc import Iterator
 from itertools import islice
@@ -16,25 +16,25 @@ from vlv.io import assets, files
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-_LOOKED_AT = 20_000  # captions that profiles are chosen by; the data gate looks at all of them
+_LOOKED_AT = 20_000  # captions that are looked at here; the data gate looks at all of them
 
 
 def tokenizer(part: LanguageModel, paths: Paths) -> "PreTrainedTokenizerBase | None":
-    """The language model's tokenizer, fetched without the weights; None for an architecture alone.
+    """The language model's tokenizer, fetched without the weights; None for an architecture without a tokenizer.
 
     Raises:
-        AssetError: the language model cannot be had.
+        AssetError: the language model cannot be fetched.
         PretrainedError: it has no tokenizer that can be read.
     """
-    from vlv.models import loading  # torch: some seconds
+    from vlv.models import build  # torch: some seconds
 
-    return None if _wordless(part) else loading.tokenizer(assets.resolve(part.pretrained, paths, weights=False))
+    return None if _wordless(part) else build.tokenizer(assets.resolve(part.pretrained, paths, weights=False))
 
 
 def misfit(settings: Config, paths: Paths) -> str:
-    """What to tell where the captions in data/ do not fit the language model; "" where they do or there are none.
+    """A warning if the captions in data/ do not fit the language model; "" if they do, or if there are none.
 
-    Opens no connection: a language model that is not on this machine is told as not looked at.
+    Opens no connection. If the language model is not on this machine, the text says so.
     """
     captions = _captions(paths)
     part = settings.language_model
@@ -42,7 +42,7 @@ def misfit(settings: Config, paths: Paths) -> str:
         return ""
     held = _held(part, paths, captions)
     if held is None:
-        return f"Whether the language model {part.pretrained} knows their words is seen at the run: it is not here yet."
+        return f"The language model {part.pretrained} is not here yet; the run will check whether it knows their words."
     if held.holds(settings.data.gate.min_share_held):
         return ""
     return (
@@ -62,7 +62,7 @@ def remedy(settings: Config, paths: Paths) -> str:
         elif held.holds(share):
             fitting.append(name)
     told = [f"Profiles whose language model knows the words: {', '.join(fitting)}."] if fitting else []
-    told += [f"Not looked at, since the language model is not on this machine: {', '.join(absent)}."] if absent else []
+    told += [f"Not checked, because the language model is not on this machine: {', '.join(absent)}."] if absent else []
     return " ".join(
         [*told, "Choose one with: vlv config use NAME, and import again (its images may have another size)."]
     )
@@ -88,17 +88,17 @@ def _wordless(part: LanguageModel) -> bool:
 
 def _held(part: LanguageModel, paths: Paths, captions: list[str]) -> Coverage | None:
     """How much of the captions a language model holds; None if it is not on this machine."""
-    from vlv.models import loading
+    from vlv.models import build
 
     try:
         folder = assets.at_hand(part.pretrained, paths)
-        return None if folder is None else coverage(loading.tokenizer(folder), captions)
-    except (assets.AssetError, loading.PretrainedError):  # no such reference; no tokenizer in the folder
+        return None if folder is None else coverage(build.tokenizer(folder), captions)
+    except (assets.AssetError, build.PretrainedError):  # no such reference; no tokenizer in the folder
         return None
 
 
 def _captions(paths: Paths) -> list[str]:
-    """The first captions of the training images in data/ (an import has shuffled them); none of a damaged table."""
+    """The first captions of the training images in data/, which are in random order; none if the table is damaged."""
     try:
         return list(islice(_read(paths), _LOOKED_AT))
     except (OSError, pa.ArrowException, ValueError):

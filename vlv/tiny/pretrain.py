@@ -1,9 +1,8 @@
 """Makes the tiny profile's pretrained parts, from scratch and from fixed seeds: `vlv pretrain PART`.
 
-They stand for what the paper takes from public models: Stable Diffusion (teacher), Florence-2 (encoder), Qwen
-(lm); and the judge of reconstructions (recogniser). The results are shipped in pretrained/tiny; making them
-again takes about two hours on 2 CPU cores and is not part of the daily pipeline. Each can be killed and run
-again.
+The teacher stands for Stable Diffusion, the encoder for Florence-2 and lm for Qwen, which the paper takes from public
+models; the recogniser judges reconstructions. The results are shipped in pretrained/tiny. Making them again takes about
+two hours on 2 CPU cores and is not part of the daily pipeline. Each command can be killed and run again.
 """
 
 import logging
@@ -18,16 +17,13 @@ from vlv import config
 from vlv.config import Paths, ScenesSource
 from vlv.io import files
 from vlv.models.build import STATISTICS
-from vlv.models.conditioners.stable_diffusion import TextConditioner
-from vlv.models.decoders.stable_diffusion import StableDiffusionDecoder
-from vlv.tiny import pretrain_encoder as encoder
-from vlv.tiny import pretrain_lm as lm
-from vlv.tiny import pretrain_recogniser as recogniser
+from vlv.models.decoders.stable_diffusion import StableDiffusionDecoder, TextConditioner
 from vlv.tiny import pretrain_teacher as teacher
 from vlv.tiny import pretrain_text as text
-from vlv.tiny import pretrain_vae as vae
+from vlv.tiny import pretrain_vision as vision
 from vlv.tiny.recogniser import SceneRecogniser
 from vlv.tiny.scene_pool import Pool, draw
+from vlv.training import blocks
 
 log = logging.getLogger(__name__)
 
@@ -75,11 +71,11 @@ def _write_card(folder: Path, title: str, body: str, part: str, figures: dict[st
 
 def _recogniser(paths: Paths, source: ScenesSource) -> dict[str, float]:
     pool, held_out = draw(paths, source, 30_000, 5), draw(paths, source, 500, 2, "test")
-    model, figures = recogniser.pretrain(pool, held_out, _checkpoints(paths, "recogniser"))
+    model, figures = vision.pretrain_recogniser(pool, held_out, _checkpoints(paths, "recogniser"))
     with files.atomic_folder(_folder(paths, "recogniser")) as folder:
         state = {k: v.contiguous() for k, v in _half(model).state_dict().items()}
         safetensors.torch.save_file(state, folder / "model.safetensors")
-        s = recogniser.SETTINGS
+        s = vision.RECOGNISER
         body = (
             "Reads background and nine cells from a 64x64 scene: the judge of reconstructions. Five convolutions.\n\n"
             f"Data: {len(pool):,} scenes of the training split with a little noise, {s.steps} steps of "
@@ -91,12 +87,12 @@ def _recogniser(paths: Paths, source: ScenesSource) -> dict[str, float]:
 
 def _encoder(paths: Paths, source: ScenesSource) -> dict[str, float]:
     pool, held_out = draw(paths, source, 30_000, 6), draw(paths, source, 500, 2, "test")
-    model, figures = encoder.pretrain(pool, held_out, _checkpoints(paths, "encoder"))
+    model, figures = vision.pretrain_encoder(pool, held_out, _checkpoints(paths, "encoder"))
     with files.atomic_folder(_folder(paths, "encoder")) as folder:
         _half(model).save_pretrained(folder)
-        text.tokenizer(encoder.SIGNS).save_pretrained(folder)
-        files.write_json(folder / "preprocessor_config.json", {"image_mean": encoder.MEAN, "image_std": encoder.STD})
-        s = encoder.SETTINGS
+        text.tokenizer(vision.SIGNS).save_pretrained(folder)
+        files.write_json(folder / "preprocessor_config.json", {"image_mean": vision.MEAN, "image_std": vision.STD})
+        s = vision.ENCODER
         body = (
             "A Florence2ForConditionalGeneration of 1.6 million parameters that stands for Florence-2's public "
             "pretraining.\n\n"
@@ -111,11 +107,11 @@ def _encoder(paths: Paths, source: ScenesSource) -> dict[str, float]:
 def _lm(paths: Paths, source: ScenesSource) -> dict[str, float]:
     pool = draw(paths, source, 60_000, 3, pixels=False)
     held_out = draw(paths, source, 500, 4, "test", pixels=False)
-    model, figures = lm.pretrain(pool, held_out, _checkpoints(paths, "lm"))
+    model, figures = text.pretrain_language_model(pool, held_out, _checkpoints(paths, "lm"))
     with files.atomic_folder(_folder(paths, "language_model")) as folder:
         _half(model).save_pretrained(folder)
         text.tokenizer().save_pretrained(folder)
-        s = lm.SETTINGS
+        s = text.LANGUAGE_MODEL
         body = (
             "A Qwen2ForCausalLM of 3.0 million parameters over the grammar's words.\n\n"
             f"Data: {len(pool):,} captions (text alone) of the training split, each with its end, {s.steps} steps of "
@@ -128,15 +124,15 @@ def _lm(paths: Paths, source: ScenesSource) -> dict[str, float]:
 def _teacher(paths: Paths, source: ScenesSource) -> dict[str, float]:
     held_out = draw(paths, source, 500, 2, "test")
     pictures = draw(paths, source, 20_000, 1)
-    autoencoder, vae_figures = vae.pretrain(pictures, held_out, _checkpoints(paths, "vae"))
+    autoencoder, vae_figures = teacher.pretrain_vae(pictures, held_out, _checkpoints(paths, "vae"))
     captions = draw(paths, source, 60_000, 3, pixels=False)
-    reader, text_figures = text.pretrain(captions, held_out, _checkpoints(paths, "text"))
-    unet, scheduler = teacher.build()
+    reader, text_figures = text.pretrain_text_encoder(captions, held_out, _checkpoints(paths, "text"))
+    unet, scheduler = teacher.build_unet()
     words = text.tokenizer()
     conditioner = TextConditioner(reader, words, use_text_encoder=True)
     decoder = StableDiffusionDecoder(autoencoder, unet, conditioner, scheduler, image_size=64)
     pool, singles = draw(paths, source, 36_000, 7), draw(paths, source, 6_000, 8, max_objects=1)
-    teacher.pretrain(decoder, pool, singles, _checkpoints(paths, "unet"))
+    teacher.pretrain_unet(decoder, pool, singles, _checkpoints(paths, "unet"))
     figures = vae_figures | text_figures | check_teacher(paths, decoder, held_out)
     with files.atomic_folder(_folder(paths, "teacher")) as folder:
         safetensors.torch.save_file(_statistics(conditioner, captions), folder / STATISTICS)
@@ -144,14 +140,15 @@ def _teacher(paths: Paths, source: ScenesSource) -> dict[str, float]:
             _half(part).save_pretrained(folder / name)
         scheduler.save_pretrained(folder / "scheduler")
         words.save_pretrained(folder / "tokenizer")
-        t, e, v = teacher.SETTINGS, text.SETTINGS, vae.SETTINGS
+        t, e, v = teacher.UNET, text.TEXT_ENCODER, teacher.VAE
+        reading_steps = e.steps + text.TEXT_ENCODER_AGAIN.steps
         body = (
             "AutoencoderKL, CLIPTextModel and UNet2DConditionModel with Stable Diffusion's noise schedule "
             "(v-prediction), for 64x64 scenes.\n\n"
             f"Data, all of the training split: VAE {len(pictures):,} pictures, {v.steps} steps of {v.batch_size}; text "
-            f"encoder {len(captions):,} captions, {e.steps + text.AGAIN.steps} steps of {e.batch_size} on reading "
+            f"encoder {len(captions):,} captions, {reading_steps} steps of {e.batch_size} on reading "
             f"background and cells; UNet {len(pool) + len(singles):,} captioned scenes, {t.steps} steps of "
-            f"{t.batch_size}. {STATISTICS} holds the text side's mean and spread at each position over "
+            f"{t.batch_size}. {STATISTICS} holds the text side's mean and std at each position over "
             f"{_STATISTICS_CAPTIONS:,} of these captions. No part has seen a test specification."
         )
         _write_card(folder, "Tiny Stable Diffusion", body, "teacher", figures)
@@ -160,13 +157,13 @@ def _teacher(paths: Paths, source: ScenesSource) -> dict[str, float]:
 
 @torch.no_grad()
 def _statistics(conditioner: TextConditioner, captions: Pool) -> dict[str, torch.Tensor]:
-    """Per-position mean and spread (T, W) of the text encoder's input embeddings and of its contexts."""
+    """Per-position mean and std (T, W) of the text encoder's input embeddings and of its contexts."""
     chosen = captions.captions[:_STATISTICS_CAPTIONS]
     embedding = conditioner.text_encoder.embeddings.token_embedding(conditioner.tokenize(chosen))
     context = conditioner.embed_text(chosen)
     sides = {"embedding": embedding, "context": context}
     means = {f"{name}_mean": x.mean(0).contiguous() for name, x in sides.items()}
-    return means | {f"{name}_spread": x.std(0).contiguous() for name, x in sides.items()}
+    return means | {f"{name}_std": x.std(0).contiguous() for name, x in sides.items()}
 
 
 @torch.no_grad()
@@ -175,7 +172,7 @@ def check_teacher(paths: Paths, decoder: StableDiffusionDecoder, held_out: Pool)
     judge = SceneRecogniser.load(_folder(paths, "recogniser"))
     figures = {}
     for guidance in (1.0, 2.0, 3.0):
-        with torch.autocast("cpu", torch.bfloat16):
+        with blocks.autocast(torch.device("cpu"), "bf16"):
             context = decoder.embed_text(held_out.captions[:_CHECKED]).float()
             drawn = torch.cat(
                 [

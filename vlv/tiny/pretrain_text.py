@@ -1,10 +1,12 @@
-"""The tiny profile's tokenizer and text encoder.
+"""The tiny profile's parts that read and write captions: tokenizer, text encoder and language model.
 
-The text encoder is a CLIPTextModel that learns to read scene captions: at the end of each sentence its state
-must tell the background and the cells named so far. (Stable Diffusion's own learned from image-text pairs;
-this stands for that.) Noise on its input embeddings makes it tolerant of embeddings that are no words'.
+The text encoder is a CLIPTextModel that learns to read scene captions: from its state at the end of each sentence the
+background and the cells named so far are read. (Stable Diffusion's own learned from pairs of images and texts; this
+stands for that.) Noise on its input embeddings makes it tolerant of embeddings that belong to no word. The language
+model is a small Qwen2 that learns caption text alone, with its ends.
 """
 
+import math
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,19 +15,20 @@ import torch
 import torch.nn.functional as F
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from torch import nn
-from transformers import CLIPTextConfig, CLIPTextModel, PreTrainedTokenizerFast
+from transformers import CLIPTextConfig, CLIPTextModel, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 from transformers.masking_utils import create_causal_mask
 
 from vlv.config import Optimizer, Training
+from vlv.models import caption_tokens
 from vlv.tiny import scenes
 from vlv.tiny.scene_pool import Pool, indices
 from vlv.training import loop
 
 LENGTH = 64  # tokens; the longest caption has 56 with its ends
 WIDTH = 128
-_NOISE = 0.3  # spread of the noise on the input embeddings, whose own spread is 1
+_NOISE = 0.3  # std of the noise on the input embeddings, whose own std is 1
 
-SETTINGS = Training(
+TEXT_ENCODER = Training(
     steps=1600, batch_size=96, precision="bf16", seed=12, checkpoint_every=500, log_every=100,
     optimizer=Optimizer(
         learning_rate=1.5e-3, betas=[0.9, 0.98], weight_decay=0.01, warmup_steps=100,
@@ -33,7 +36,7 @@ SETTINGS = Training(
     ),
 )  # fmt: skip
 
-AGAIN = SETTINGS.model_copy(update={"steps": 2000, "seed": 112})
+TEXT_ENCODER_AGAIN = TEXT_ENCODER.model_copy(update={"steps": 2000, "seed": 112})
 
 
 def tokenizer(extra: tuple[str, ...] = ()) -> PreTrainedTokenizerFast:
@@ -56,9 +59,9 @@ def tokenizer(extra: tuple[str, ...] = ()) -> PreTrainedTokenizerFast:
     )  # fmt: skip
 
 
-def build(vocabulary: int) -> CLIPTextModel:
-    """The architecture with new weights; embeddings start at spread 1 so that steps of any size suit them."""
-    torch.manual_seed(SETTINGS.seed)
+def build_text_encoder(vocabulary: int) -> CLIPTextModel:
+    """The architecture with new weights; embeddings start with std 1 so that steps of any size suit them."""
+    torch.manual_seed(TEXT_ENCODER.seed)
     model = CLIPTextModel(
         CLIPTextConfig(
             vocab_size=vocabulary, hidden_size=WIDTH, intermediate_size=4 * WIDTH, projection_dim=WIDTH,
@@ -124,10 +127,10 @@ def reading_targets(
     return where, torch.tensor(backgrounds), torch.from_numpy(np.stack(cells))
 
 
-def pretrain(pool: Pool, held_out: Pool, folder: Path) -> tuple[CLIPTextModel, dict[str, float]]:
+def pretrain_text_encoder(pool: Pool, held_out: Pool, folder: Path) -> tuple[CLIPTextModel, dict[str, float]]:
     """Train in `folder` (resumable); figures: held-out cells and whole scenes read right at <eos>."""
     words = tokenizer()
-    model = build(len(words))
+    model = build_text_encoder(len(words))
     objective = _Reading(model)
     stop, background_word = words.convert_tokens_to_ids([".", "background"])
     ids = words(pool.captions, padding="max_length", max_length=LENGTH, return_tensors="pt")["input_ids"]
@@ -135,21 +138,21 @@ def pretrain(pool: Pool, held_out: Pool, folder: Path) -> tuple[CLIPTextModel, d
     def batches(start: int) -> Iterator[object]:
         step = start
         while True:
-            chosen = indices(len(pool), SETTINGS.batch_size, SETTINGS.seed, step)
+            chosen = indices(len(pool), TEXT_ENCODER.batch_size, TEXT_ENCODER.seed, step)
             length = int((ids[chosen] != 0).sum(1).max())
             short = ids[chosen, :length]
             yield short, *reading_targets(short, [pool.scenes[i] for i in chosen], stop, {background_word})
             step += 1
 
     # Two rounds of the schedule: the second warm restart halves what the first leaves unread.
-    loop.train(objective, batches, SETTINGS, folder, "text-1", title="Text encoder")
-    loop.train(objective, batches, AGAIN, folder / "again", "text-2", title="Text encoder, again")
+    loop.train(objective, batches, TEXT_ENCODER, folder, "text-1", title="Text encoder")
+    loop.train(objective, batches, TEXT_ENCODER_AGAIN, folder / "again", "text-2", title="Text encoder, again")
     model.eval()
-    return model, _evaluate(objective, words, held_out)
+    return model, _share_read_right(objective, words, held_out)
 
 
 @torch.no_grad()
-def _evaluate(objective: _Reading, words: PreTrainedTokenizerFast, held_out: Pool) -> dict[str, float]:
+def _share_read_right(objective: _Reading, words: PreTrainedTokenizerFast, held_out: Pool) -> dict[str, float]:
     objective.eval()
     ids = words(held_out.captions, padding="max_length", max_length=LENGTH, return_tensors="pt")["input_ids"]
     state = objective.model(input_ids=ids).last_hidden_state[torch.arange(len(ids)), (ids == 2).int().argmax(1)]
@@ -157,3 +160,60 @@ def _evaluate(objective: _Reading, words: PreTrainedTokenizerFast, held_out: Poo
     backgrounds = objective.background(state).argmax(-1).numpy()
     right = [scenes.from_targets(b, c) == s for b, c, s in zip(backgrounds, cells, held_out.scenes, strict=True)]
     return {"scenes_read_right": round(float(np.mean(right)), 4)}
+
+
+# -- language model ------------------------------------------------------------------------------------
+
+LANGUAGE_MODEL = Training(
+    steps=520, batch_size=64, precision="bf16", seed=16, checkpoint_every=300, log_every=50,
+    optimizer=Optimizer(
+        learning_rate=1e-3, betas=[0.9, 0.98], weight_decay=0.01, warmup_steps=50,
+        schedule="hold_then_linear", hold_share=0.4, final_rate_share=0.05, clip_norm=1.0,
+    ),
+)  # fmt: skip
+
+
+def build_language_model(vocabulary: int) -> Qwen2ForCausalLM:
+    """The architecture with new weights, 3.0 million parameters."""
+    torch.manual_seed(LANGUAGE_MODEL.seed)
+    return Qwen2ForCausalLM(
+        Qwen2Config(
+            vocab_size=vocabulary, hidden_size=256, intermediate_size=704, num_hidden_layers=4,
+            num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=192, bos_token_id=1,
+            eos_token_id=2, pad_token_id=0, tie_word_embeddings=True, attn_implementation="eager",
+        )
+    )  # fmt: skip
+
+
+class _NextWord(nn.Module):
+    def __init__(self, model: Qwen2ForCausalLM) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, batch: tuple[torch.Tensor, torch.Tensor], generator: torch.Generator) -> torch.Tensor:
+        ids, labels = batch
+        loss: torch.Tensor = self.model(input_ids=ids, labels=labels, use_cache=False).loss
+        return loss
+
+
+def pretrain_language_model(pool: Pool, held_out: Pool, folder: Path) -> tuple[Qwen2ForCausalLM, dict[str, float]]:
+    """Train in `folder`; figure: perplexity per token of held-out captions."""
+    words = tokenizer()
+    model = build_language_model(len(words))
+    tokens = caption_tokens.tokenize(words, pool.captions, LENGTH).ids
+
+    def batches(start: int) -> Iterator[object]:
+        step = start
+        while True:
+            chosen = indices(len(pool), LANGUAGE_MODEL.batch_size, LANGUAGE_MODEL.seed, step)
+            yield caption_tokens.collate([tokens[i] for i in chosen], 0)
+            step += 1
+
+    model.train()
+    loop.train(_NextWord(model), batches, LANGUAGE_MODEL, folder, "lm-1", title="Language model")
+    model.eval()
+    held = caption_tokens.tokenize(words, held_out.captions, LENGTH).ids
+    with torch.no_grad():
+        ids, labels = caption_tokens.collate(held, 0)
+        loss = float(model(input_ids=ids, labels=labels).loss)
+    return model, {"perplexity": round(math.exp(loss), 3)}

@@ -1,6 +1,6 @@
 """A small network that reads scenes from pictures: the judge of reconstructions.
 
-It sees background and the nine cells. It is trained on real scenes only and learns nothing from what it judges.
+It reads the background and the nine cells. It is trained on real scenes only, never on the pictures that it judges.
 """
 
 from pathlib import Path
@@ -32,8 +32,8 @@ class SceneRecogniser(nn.Module):
 
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         features = self.features(F.pixel_unshuffle(x, 2))  # (B, 128, 8, 8)
-        spread = F.interpolate(features, size=(9, 9), mode="bilinear")
-        cells = F.unfold(spread, 3, stride=3).transpose(1, 2)  # (B, 9, 128 * 9)
+        grid = F.interpolate(features, size=(9, 9), mode="bilinear")
+        cells = F.unfold(grid, 3, stride=3).transpose(1, 2)  # (B, 9, 128 * 9)
         return self.background(features.mean((2, 3))), self.cells(cells)
 
     @torch.no_grad()

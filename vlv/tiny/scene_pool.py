@@ -1,4 +1,4 @@
-"""Scenes for pretraining the tiny parts: drawn from the training split's specifications only."""
+"""Scenes for pretraining the tiny parts. They are drawn from specifications of the training split only."""
 
 from dataclasses import dataclass
 
@@ -8,15 +8,15 @@ import torch
 from vlv.config import Paths, ScenesSource
 from vlv.io import assets, images
 from vlv.tiny import scenes
-from vlv.training import runtime
+from vlv.training import distributed
 
-# The pretraining's scenes come from streams of their own: other draws than those of data/.
+# The pretraining draws from random streams of its own, so its scenes are not those of data/.
 _STREAM = 7_100_000
 
 
 @dataclass(frozen=True)
 class Pool:
-    """Drawn scenes: specifications, captions and pixels (N, 3, 64, 64) uint8 (empty if not drawn)."""
+    """N scenes: specifications, captions and pixels (N, 3, 64, 64) uint8 (no pictures if only text was asked for)."""
 
     scenes: list[scenes.Scene]
     captions: list[str]
@@ -35,7 +35,7 @@ def draw(
     max_objects: int = 3,
     pixels: bool = True,
 ) -> Pool:
-    """Draw `count` scenes of a split; `stream` tells one pool from another."""
+    """Draw `count` scenes of a split, with a random stream of its own for each number `stream`."""
     rng = np.random.default_rng([source.seed, _STREAM + stream])
     drawn = scenes.specifications(split, rng, max_objects, unique=split != "train")
     specifications = [next(drawn) for _ in range(count)]
@@ -48,5 +48,5 @@ def draw(
 
 
 def indices(count: int, batch: int, seed: int, step: int) -> torch.Tensor:
-    """Which of `count` samples step `step` takes: (batch,) int64, with replacement."""
-    return torch.randint(count, (batch,), generator=runtime.generator(seed, step, stream=1))
+    """The samples that step `step` takes, out of `count`: (batch,) int64, with replacement."""
+    return torch.randint(count, (batch,), generator=distributed.generator(seed, step, stream=1))

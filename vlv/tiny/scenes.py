@@ -1,9 +1,8 @@
-"""The tiny world: emoji scenes whose truth is known, so that captions and reconstructions can be counted.
+"""Emoji scenes, whose truth is known, so that what is right in captions and reconstructions can be counted.
 
-A scene is a background colour and one to three objects of different kinds in a 3x3 grid. This file holds its
-whole grammar: drawing a scene, writing a caption for it, reading a caption back, and the split by
-specification (a specification seen in training never appears in the test set, and some pairs of kinds appear
-in the test set only).
+A scene is a background colour and one to three objects of different kinds in a 3x3 grid. This module draws a scene,
+writes a caption for it, reads a caption back, and splits scenes by their specification: a specification that was seen
+in training is never in the test set, and some pairs of kinds are in the test set only.
 """
 
 import hashlib

@@ -1,6 +1,7 @@
 """Where MLflow keeps its records: a sqlite file in the project, or what MLFLOW_TRACKING_URI names."""
 
 import os
+import re
 import subprocess
 import sys
 from importlib.metadata import version
@@ -33,6 +34,16 @@ class TrackingError(RuntimeError):
 def store_folder(paths: Paths) -> Path:
     """Folder of the default store and of the outbox; ignored by git."""
     return paths.root / "mlflow" / "store"
+
+
+def outbox(paths: Paths) -> Path:
+    """Where records lie that belong to no training. Not in the cache: until delivered they are the only ones."""
+    return store_folder(paths) / "outbox"
+
+
+def without_password(text: str) -> str:
+    """A text as it may be shown: in URLs, user and password become "...". For logs, errors and the screen."""
+    return re.sub(r"//[^/\s]*@", "//...@", text)
 
 
 def tracking_uri(paths: Paths) -> str:

@@ -1,7 +1,7 @@
-"""The blocks of a model: what is recomputed as one and sharded as one.
+"""How a model computes a training step: its precision, and its blocks, which are recomputed or sharded as a whole.
 
-transformers and diffusers name in each model the classes that must not be split over devices; these are its
-layers, and their `forward` is always called as a whole.
+transformers and diffusers name in each model the classes that must not be split over devices. These classes are the
+model's layers, and their `forward` is always called as a whole.
 """
 
 import functools
@@ -11,10 +11,16 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from vlv import dropout
+from vlv.config import Precision
+
+
+def autocast(device: torch.device, precision: Precision) -> torch.autocast:
+    """The context in which `precision` applies: bf16 is torch's autocast to bfloat16, fp32 changes nothing."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
 
 
 def names(module: nn.Module) -> list[str]:
-    """Class names of the blocks that there are in `module`."""
+    """Class names of the blocks that `module` contains."""
     present = {type(part).__name__ for part in module.modules()}
     named: set[str] = set()
     for part in module.modules():
@@ -23,10 +29,10 @@ def names(module: nn.Module) -> list[str]:
 
 
 def recompute(module: nn.Module) -> int:
-    """Let each outermost block compute its activations again in the backward pass; returns how many do.
+    """Make each outermost block recompute its activations in the backward pass; returns the number of blocks.
 
-    The libraries' own switches would not do: transformers' works in training mode only, where dropout is on, and
-    here frozen and learning parts alike are in evaluation mode, so that a step is a function of its draws.
+    The libraries' own switches do not fit: transformers' works in training mode only, which turns dropout on. Here
+    all parts, frozen and trainable, are in evaluation mode, so that a step depends on its RNG alone.
     """
     classes = set(names(module))
 
@@ -42,10 +48,10 @@ def recompute(module: nn.Module) -> int:
 
 
 def store_frozen_in_bf16(module: nn.Module) -> None:
-    """Weights of frozen Linear and convolution layers in bfloat16: half the memory, the same numbers.
+    """Store the weights of frozen Linear and convolution layers in bfloat16: half the memory, the same results.
 
-    Autocast rounds these very weights in each step. Embeddings, biases and norms, which it leaves alone, and what
-    learns stay in float32.
+    Autocast rounds exactly these weights in each step. It does not round embeddings, biases and norms, so these stay
+    in float32, and so does all that is trainable.
     """
     words = {id(part.weight) for part in module.modules() if isinstance(part, nn.Embedding)}  # some heads share them
     for part in module.modules():

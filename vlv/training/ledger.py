@@ -1,7 +1,7 @@
-"""What a training costs: time of devices, samples, arithmetic, energy, money. Summed over sessions: a kill counts.
+"""What a training costs: device time, samples, operations and money, summed over its sessions.
 
-The sums lie beside the checkpoints. Samples and arithmetic that a kill made void were paid for as well, so they
-are in. What was spent after the last line of the curve before a kill is not.
+A session is one start of the training. The sums are kept beside the checkpoints. They include steps that a kill made
+void, because these were paid for too. They do not include what was spent between the last line of the curve and a kill.
 """
 
 import time
@@ -12,7 +12,6 @@ from pydantic import Field, ValidationError
 
 from vlv.config import Compute, Section
 from vlv.io import files
-from vlv.training.energy import EnergyMeter
 
 NAME = "ledger.json"
 
@@ -22,8 +21,9 @@ class Sums(Section):
 
     Attributes:
         sessions: how often the training was started.
-        flops_per_step: operations of one optimizer step over all processes (a multiply-add counts two), None
-            until they were counted.
+        device_seconds: wall time x processes.
+        flops_per_step: operations of one optimizer step over all processes (a multiply-add counts as two); None
+            until they are counted.
     """
 
     sessions: int = Field(default=0, ge=0)
@@ -31,15 +31,14 @@ class Sums(Section):
     samples: int = Field(default=0, ge=0)
     flops: int = Field(default=0, ge=0)
     flops_per_step: int | None = Field(default=None, gt=0)
-    energy_joules: float | None = Field(default=None, allow_inf_nan=False)
 
 
 class Ledger:
     """The running sums of one training.
 
     Attributes:
-        flops_per_step: operations of one optimizer step over all processes (a multiply-add counts two), None
-            until they were counted.
+        flops_per_step: operations of one optimizer step over all processes (a multiply-add counts as two); None
+            until they are counted.
     """
 
     def __init__(self, folder: Path, devices: int) -> None:
@@ -47,19 +46,17 @@ class Ledger:
         self._past = _read(self._path)
         self.flops_per_step = self._past.flops_per_step
         self._devices = devices
-        self._start, self._meter = time.monotonic(), EnergyMeter()
+        self._start = time.monotonic()
         self._samples = self._steps = 0
 
     def add_step(self, samples: int) -> None:
-        """Count one optimizer step of so many samples."""
+        """Count one optimizer step of `samples` samples (over all processes)."""
         self._samples += samples
         self._steps += 1
 
     def write(self) -> None:
-        """Put the sums so far on disk."""
-        past, energy = self._past, self._meter.joules()
-        if energy is not None:
-            energy += past.energy_joules or 0.0
+        """Write the sums so far to disk."""
+        past = self._past
         seconds = time.monotonic() - self._start
         sums = Sums(
             sessions=past.sessions + 1,
@@ -67,7 +64,6 @@ class Ledger:
             samples=past.samples + self._samples,
             flops=past.flops + self._steps * (self.flops_per_step or 0),
             flops_per_step=self.flops_per_step,
-            energy_joules=energy,
         )
         files.write_json(self._path, sums.model_dump())
 
@@ -78,16 +74,16 @@ def _read(path: Path) -> Sums:
     try:
         return Sums.model_validate(files.read_json_object(path))
     except (files.FileError, ValidationError) as error:
-        known = error if isinstance(error, files.FileError) else f"{path} holds no sums of a training."
-        files.set_aside(path, known, "what was spent before is not in the costs")
+        known = error if isinstance(error, files.FileError) else f"{path} does not hold the sums of a training."
+        files.set_aside(path, known, "the costs do not include what was spent before")
         return Sums()
 
 
 def costs(folder: Path, compute: Compute) -> dict[str, Any]:
-    """The finished training's costs, as they go to metrics/STAGE.json.
+    """The costs of a finished training, as they go to metrics/STAGE.json.
 
-    `utilisation` is operations / (device seconds x peak); it, `energy_joules` and `money` are null where the
-    peak is not configured, no counter can be read, no price is configured.
+    `utilisation` is operations / (device seconds x `peak_flops`). It is null without a configured `peak_flops`, and
+    `money` is null without a configured price.
     """
     sums = _read(folder / NAME)
     seconds = sums.device_seconds
@@ -96,13 +92,11 @@ def costs(folder: Path, compute: Compute) -> dict[str, Any]:
         utilisation = round(sums.flops / (seconds * compute.peak_flops), 4)
     if compute.price_per_device_hour is not None:
         money = round(seconds / 3600 * compute.price_per_device_hour, 4)
-    energy = sums.energy_joules
     return {
         "sessions": sums.sessions,
         "device_seconds": round(seconds, 1),
         "samples": sums.samples,
         "flops": sums.flops,
         "utilisation": utilisation,
-        "energy_joules": None if energy is None else round(energy, 1),
         "money": money,
     }

@@ -6,7 +6,7 @@ from vlv.cli.data import captioning, importing, making, selecting
 
 app = typer.Typer(no_args_is_help=True, help="The raw data: data/, pinned by data.dvc. [dim]docs/data.md[/]")
 app.command()(making.download)
-app.command("import")(importing.import_images)
+app.command("import", help=importing.HELP)(importing.import_images)
 app.command()(selecting.select)
 app.command()(captioning.caption)
 app.command()(making.verify)

@@ -13,13 +13,13 @@ def download(
         bool,
         typer.Option(
             "--if-missing",
-            help="Make data only where there is none of these settings; damage is `data verify`'s.",
+            help="Keep data of these settings, even if it is damaged (`data verify` finds damage).",
         ),
     ] = False,
 ) -> None:
-    """Fetch the assets and make the data that params.yaml describes; damaged data is made again.
+    """Fetch the assets and make the data that params.yaml describes. Damaged data is made again.
 
-    Data of other settings than data.dvc's is pinned anew. [dim]vlv data download[/]
+    If the settings differ from those in data.dvc, the new data is pinned. [dim]vlv data download[/]
     """
     from vlv.data import sources
 
@@ -27,19 +27,19 @@ def download(
     chosen = config.load(paths)
     _fetch_assets(chosen, paths)
     if if_missing and _is_there(chosen, paths):
-        typer.echo("The data is there; whether it is intact: vlv data verify")
+        typer.echo("The data is there; to check that it is intact: vlv data verify")
     else:
         typer.echo(_counts(sources.materialise(chosen.data, paths, paths.data, _Progress())))
     _pin_if_other(paths)
 
 
 def verify() -> None:
-    """Compare every shard with the manifest and the whole with data.dvc. Reads, writes nothing."""
+    """Compare every shard with the manifest, and the whole of data/ with data.dvc. Writes nothing."""
     from vlv.data import shards
-    from vlv.io import pinning
+    from vlv.io import pin
 
     paths = Paths.find()
-    pointer = paths.root / pinning.POINTER
+    pointer = paths.root / pin.POINTER
     pinned = pointer.exists()
     shards.verify(paths.data, pointer if pinned else None)
     against = f"its manifest and {pointer.name}" if pinned else "its manifest (nothing is pinned yet)"
@@ -55,32 +55,32 @@ def _is_there(chosen: Config, paths: Paths) -> bool:
     try:
         source = shards.read_manifest(paths.data).source
     except shards.DataError:
-        return True  # damaged: not ours to repair unasked
+        return True  # damaged: it is repaired only without --if-missing
     wanted = sources.describe(chosen.data)
     return {key: source.get(key) for key in wanted} == wanted
 
 
 def _pin_if_other(paths: Paths) -> None:
-    """Pin data that was made from other settings than the pinned (never data that was only damaged)."""
+    """Pin the data if it was made from other settings than the pinned data. Damaged data is never pinned."""
     from vlv.data import shards
-    from vlv.io import pinning
+    from vlv.io import pin
 
-    pointer = paths.root / pinning.POINTER
+    pointer = paths.root / pin.POINTER
     try:
         source = shards.read_manifest(paths.data).source
-        if pinning.wanted(paths, source):
+        if pin.is_needed(paths, source):
             shards.verify(paths.data, None)
-            pinning.pin(paths, source)
-            typer.echo(f"Pinned in {pinning.POINTER} (commit it)")
-        elif pointer.exists() and (paths.root / ".dvc").is_dir() and not pinning.is_kept(paths):
-            shards.verify(paths.data, pointer)  # a fresh clone made the pinned data again: DVC may know it
-            pinning.keep(paths)
+            pin.add(paths, source)
+            typer.echo(f"Pinned in {pin.POINTER} (commit it)")
+        elif pointer.exists() and (paths.root / ".dvc").is_dir() and not pin.is_cached(paths):
+            shards.verify(paths.data, pointer)  # a fresh clone made the pinned data again; now DVC's cache gets it
+            pin.cache(paths)
     except shards.DataError:
         return  # `data verify` says what is wrong
 
 
 def _fetch_assets(chosen: Config, paths: Paths) -> None:
-    """Everything that a later stage would have to fetch, now: a network that fails fails here."""
+    """Fetch everything that a later stage needs, so that a network that fails stops the run here."""
     from vlv.io import assets
 
     for reference in _references(chosen):
@@ -89,12 +89,10 @@ def _fetch_assets(chosen: Config, paths: Paths) -> None:
 
 
 def _references(chosen: Config) -> list[str]:
-    """References of the configuration that lead outside the project folder."""
+    """References in the configuration to things outside the project folder."""
     loaded = [part.pretrained for part in (chosen.encoder, chosen.decoder, chosen.language_model)
               if part.weights == "pretrained"]  # fmt: skip
-    named = [*loaded, chosen.evaluate.feature_network, chosen.evaluate.sentence_model]
-    if isinstance(chosen.data.source, config.ScenesSource):
-        named.append(chosen.data.source.sprites)
+    named = [*loaded, chosen.evaluate.feature_network, chosen.evaluate.sentence_model, *chosen.data.source.assets]
     return [one for one in named if one and one.startswith(("wheel:", "hf:"))]
 
 
@@ -103,7 +101,7 @@ def _counts(manifest: Any) -> str:
 
 
 class _Progress:
-    """Adapts the library's progress calls (what, done, total) to a meter for each thing that is made."""
+    """Shows the library's progress calls (what, done, total) as one meter for each thing that is made."""
 
     def __init__(self) -> None:
         self._what, self._done = "", 0

@@ -1,36 +1,36 @@
-"""What captions cost, and a cap that is not passed, however many requests are under way."""
+"""The cost of captions, and a cap that it never exceeds, however many requests are in progress."""
 
 import threading
 from dataclasses import dataclass
 
-# Until an answer says how many tokens an image is, the first request goes alone and is taken to be so large.
+# The tokens of a prompt until the first answer tells them. With a cap, the first request is sent alone.
 _GUESSED_PROMPT_TOKENS = 4000
-# Of two images the larger can be so many times the tokens of the largest seen.
+# The next prompt has at most this many times the tokens of the largest prompt so far.
 _MARGIN = 2.0
 
 
 @dataclass(frozen=True)
 class Prices:
-    """Prices of a million tokens, in any currency; 0 for a model of one's own."""
+    """Prices of a million tokens, in any currency; 0 for your own model."""
 
     prompt: float = 0.0
     completion: float = 0.0
 
     def of(self, tokens: tuple[int, int]) -> float:
-        """The price of so many prompt and completion tokens."""
+        """The price of (prompt tokens, completion tokens)."""
         return (tokens[0] * self.prompt + tokens[1] * self.completion) / 1e6
 
 
 class Budget:
-    """Counts what is spent; thread-safe.
+    """Counts the cost; thread-safe.
 
-    A request is let through only if the cap holds even if it and all that are under way cost their most: twice the
-    largest prompt so far and `max_tokens` of completion.
+    A request is allowed only if the cost stays within the cap even when this request and all requests in progress cost
+    their maximum: twice the largest prompt so far, and `max_tokens` of completion.
 
     Args:
-        cap: not to be passed; None: no cap.
-        spent: what earlier runs have cost.
-        max_tokens: the completion's limit.
+        cap: the largest cost of all runs; None: no cap.
+        spent: the cost of earlier runs.
+        max_tokens: the largest number of tokens in a completion.
     """
 
     def __init__(self, prices: Prices, cap: float | None, spent: float, max_tokens: int) -> None:
@@ -46,7 +46,10 @@ class Budget:
         return self._prices.of((prompt, self._max_tokens))
 
     def reserve(self) -> float | None:
-        """Set aside what a request can cost; waits while others are under way, None once the cap is reached."""
+        """Reserve the maximum cost of a request; None if the cap is reached.
+
+        Waits while requests in progress may still leave enough.
+        """
         with self._change:
             while True:
                 most = self._most()
@@ -61,13 +64,13 @@ class Budget:
                 self._change.wait()
 
     def lose(self, reserved: float) -> bool:
-        """A request may be billed without an answer: count its most. Whether the cap allows another attempt."""
+        """Count the maximum cost of an attempt that may be billed without an answer; True if another one is allowed."""
         with self._change:
             self.spent += reserved
             return self._cap is None or self.spent + self._reserved <= self._cap
 
     def settle(self, reserved: float, tokens: tuple[int, int] | None, *, answered: bool) -> float:
-        """A request has ended: its cost, by its tokens. Without them an answer costs what was reserved for it."""
+        """End a request and return its cost, computed from its tokens. Without tokens an answer costs its reserve."""
         with self._change:
             self._reserved -= reserved
             self._under_way -= 1

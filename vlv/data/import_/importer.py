@@ -1,4 +1,4 @@
-"""`import_images`: a foreign set of images becomes data/."""
+"""`import_images` turns a set of images into data/."""
 
 import logging
 import os
@@ -11,19 +11,16 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 
 from vlv.data import writer
 from vlv.data.import_ import recipe as recipes
-from vlv.data.import_.recaption import CaptionTable
-from vlv.data.import_.recipe import Prepared, Recipe
-from vlv.data.import_.splits import SPLITS, Shares
+from vlv.data.import_.recipe import SPLITS, Note, Prepared, Recipe, Shares, Tally
 from vlv.data.import_.staging import Staging
-from vlv.data.import_.tally import Note, Tally
 from vlv.data.readers.folder import FolderReader
-from vlv.data.readers.formats import ReadOptions, open_source
-from vlv.data.readers.found import Found, Reader, Split
-from vlv.data.readers.names import NONE
+from vlv.data.readers.formats import NONE, ReadOptions, open_source
+from vlv.data.readers.found import Found, Reader, Split, database
 from vlv.data.shards import TABLE, DataError, Manifest, ShardEntry, SplitEntry
 from vlv.data.writer import Record
 from vlv.io import files
@@ -31,13 +28,13 @@ from vlv.io.progress import meter
 
 logger = logging.getLogger(__name__)
 
-# A piece ends with its shard_size-th image; where most downloads have failed, earlier: their rows are in memory.
+# A piece ends after shard_size images, or after this many times as many rows: rows of failed downloads are in memory.
 _ROWS_PER_IMAGE = 4
 
 
 @dataclass(frozen=True)
 class Wanted:
-    """An import. `captions`: a table that `vlv data caption` made; its captions go before the source's."""
+    """An import. `captions`: a table of `vlv data caption`, which has priority over the captions of the source."""
 
     recipe: Recipe
     shard_size: int
@@ -49,7 +46,7 @@ class Wanted:
 
 @dataclass(frozen=True)
 class ImportReport:
-    """What became of an import; `notes` holds the first few samples of each reason, samples.parquet all."""
+    """The result of an import."""
 
     manifest: Manifest
     tally: Tally
@@ -59,24 +56,24 @@ class ImportReport:
         return self.tally.notes
 
     def counts(self) -> dict[str, int]:
-        """How many were found and kept, and how many were dropped or lost their caption for each reason."""
+        """How many samples were found and kept, and how many were dropped or lost their caption, by reason."""
         return {"found": self.tally.found, **self.tally.counts()}
 
 
 def import_images(
     source: Path, data: Path, wanted: Wanted, *, workers: int | None = None, restart: bool = False
 ) -> ImportReport:
-    """Replace `data` by the images of `source`. Equal sources give equal bytes, also after a kill.
+    """Replace `data` with the images of `source`. Equal sources give equal bytes, also after a kill.
 
-    Dropped, with the reason as status in the training table: what vlv.data.import_.recipe and the reader name,
-    and `duplicate` (the same pixels once cut). Memory: a few images for each of the `workers` threads (default: one
-    for each processor) and the table's rows of one shard, whatever the size of the source. Work in progress lies
-    beside `data`, in `.import.NAME`.
+    A dropped sample has a row in the training table with the reason as its status: a reason of the reader or of
+    vlv.data.import_.recipe, or `duplicate` (the same pixels after the cut). Memory holds a few images for each of the
+    `workers` threads (default: one for each processor) and the table rows of one shard, whatever the size of the
+    source. Work in progress lies beside `data`, in `.import.NAME`.
 
     Raises:
-        DataError: a source that cannot be read, without one usable image, or in one folder with `data`; one that
-            holds captions of which not one was found; an unfinished import of another kind.
-        LockHeldError: another import of this data runs.
+        DataError: the source cannot be read, has no usable image, or overlaps with `data`; it holds captions and none
+            was found; there is an unfinished import of something else.
+        LockHeldError: another import of this data is running.
     """
     _check_apart(source, data)
     staging = data.parent / f".import.{data.name}"
@@ -93,7 +90,7 @@ def import_images(
 def _check_apart(source: Path, data: Path) -> None:
     inner, target = source.resolve(), data.resolve()
     if inner.is_relative_to(target) or target.is_relative_to(inner):
-        raise DataError(f"{source} and {data} lie in one another; {data} is replaced, so move the images elsewhere")
+        raise DataError(f"{source} and {data} overlap. The import replaces {data}, so move the images elsewhere")
 
 
 class _Import:
@@ -108,13 +105,13 @@ class _Import:
         self._wants_captions = wanted.captions is None and wanted.reading.caption_column != NONE
         if self._wants_captions and isinstance(self._reader, FolderReader):
             self._reader.ask_for_captions()
-        self._stage = Staging(staging, self._identity(), restart=restart)
+        self._stage = Staging(staging, self._inputs(), restart=restart)
 
-    def _identity(self) -> dict[str, Any]:
+    def _inputs(self) -> dict[str, Any]:
         wanted, reading = self._wanted, self._wanted.reading
         return {
             "source": self._source.name,
-            "files in it": self._reader.fingerprint(),
+            "files in it": self._reader.files_hash(),
             "format": self._reader.format,
             "recipe": asdict(wanted.recipe),
             "shard_size": wanted.shard_size,
@@ -137,12 +134,12 @@ class _Import:
             self._stage.close()
 
     def _problem(self, tally: Tally) -> str | None:
-        """Why the import cannot be what was meant, and what to say."""
+        """Why the result cannot be what the user meant, and the remedy; None if it can."""
         if not tally.kept:
             lost = {"image_missing", "outside_folder"} & set(tally.dropped)
             remedy = " If the images are in another folder, name it: --images FOLDER." if lost else ""
             return f"none of {tally.found} images can be used {dict(tally.dropped) or ''}.{remedy}"
-        # What there was of captions, or may have been.
+        # Captions that were there or may have been there.
         found = tally.captions_left_out + Counter(image_missing=tally.dropped["image_missing"])
         if self._wants_captions and found and not tally.captions:
             note = next(note for note in tally.notes if note.reason in found)
@@ -156,7 +153,7 @@ class _Import:
     def _read_all(self) -> None:
         number, part, skip = self._stage.resume()
         if number:
-            logger.info("Going on after %d shards of an earlier run", number)
+            logger.info("Continuing after %d shards of an earlier run", number)
         with ThreadPoolExecutor(self._workers) as pool, meter("Importing", self._reader.total()) as progress:
             progress.skip(self._stage.tally().found if number else 0)
             found = self._reader.read(part, skip)
@@ -178,7 +175,7 @@ class _Import:
                 pool.shutdown(cancel_futures=True)
 
     def _judge(self, sample: Prepared) -> tuple[Prepared, Split]:
-        """The sample with its own caption or dropped as a duplicate, and its split."""
+        """The sample with its final caption, or dropped as a duplicate; and its split."""
         if sample.content is None:
             return sample, "train"
         first = self._stage.first_with(sample.content, sample.place.url)
@@ -190,7 +187,7 @@ class _Import:
         return sample, sample.split or self._wanted.shares.split_of(sample.content or "")
 
     def _assemble(self, tally: Tally) -> Manifest:
-        """Put the pieces together: training shards as they are, the two small splits in full shards."""
+        """Join the pieces: the training shards as they are, the two small splits as full shards."""
         wanted = self._wanted
         about: dict[str, Any] = {
             "kind": "imported",
@@ -217,7 +214,7 @@ class _Import:
         return manifest
 
     def _link(self, folder: Path) -> SplitEntry:
-        """The pieces' training shards, hard-linked (copied where the file system cannot), and one table of all."""
+        """Link the training shards of the pieces (or copy them, where links are impossible), and join their tables."""
         folder.mkdir()
         entries: list[ShardEntry] = []
         with writer.open_table(folder / TABLE) as table:
@@ -234,18 +231,22 @@ class _Import:
         return SplitEntry(samples=samples, shards=entries, table_sha256=files.sha256_file(folder / TABLE))
 
     def _moved(self, tally: Tally) -> dict[str, Split] | None:
-        """Splits by the hash of the pixels, where a split that is wanted has got no image: only in a small set."""
+        """The splits by pixel hash, if a wanted split has no image (in a small set only); otherwise None."""
         if self._reader.format == "shards":
             return None  # the source decides
         contents = self._stage.contents
         empty = [split for split in self._wanted.shares.wanted() if next(contents(split), None) is None]
         if not empty:
             return None
-        logger.info("%d images leave %s empty: the splits are filled by hand", tally.kept, " and ".join(sorted(empty)))
+        logger.info(
+            "%d images are so few that %s would stay empty: each split gets at least one image",
+            tally.kept,
+            " and ".join(sorted(empty)),
+        )
         return self._wanted.shares.filled([content for split in SPLITS for content in contents(split)])
 
     def _records(self, split: Split, moved: dict[str, Split] | None) -> Iterator[Record]:
-        """The records of a split; all failed ones stand in the training table."""
+        """The records of a split. All failed records are in the training split."""
         for stored in [split] if moved is None else SPLITS:
             for content, record in self._stage.records(stored):
                 if (split if moved is None else "train" if content is None else moved[content]) == split:
@@ -253,7 +254,7 @@ class _Import:
 
 
 def _prepared(pool: ThreadPoolExecutor, found: Iterable[Found], recipe: Recipe, window: int) -> Iterator[Prepared]:
-    """Samples prepared in parallel, in the order in which they were found; at most `window` in memory."""
+    """Samples that are prepared in parallel, in the order of the source. At most `window` are in memory."""
     waiting: deque[Future[Prepared]] = deque()
     for one in found:
         waiting.append(pool.submit(recipes.prepare, one, recipe))
@@ -264,6 +265,41 @@ def _prepared(pool: ThreadPoolExecutor, found: Iterable[Found], recipe: Recipe, 
 
 
 def _pieces(samples: Iterator[Prepared]) -> Iterator[Iterator[Prepared]]:
-    """The samples again and again, from where the last reader of them stopped, as long as there is one."""
+    """Iterators over `samples`: each continues where the one before it stopped, until no sample is left."""
     for first in samples:
         yield chain([first], samples)
+
+
+_ROWS = 10_000
+
+
+class CaptionTable:
+    """Captions that `vlv data caption` made, found by the hash of their image file. They are kept on disk.
+
+    The parquet file has the columns `sha256` (hex, of the image file) and `caption`.
+
+    Raises:
+        DataError: the file is not such a table.
+    """
+
+    def __init__(self, path: Path, scratch: Path) -> None:
+        table = "captions (sha256 BLOB PRIMARY KEY, caption TEXT) WITHOUT ROWID"
+        self._database = database(scratch, "captions", table)
+        try:
+            with pq.ParquetFile(path) as file:
+                for batch in file.iter_batches(_ROWS, columns=["sha256", "caption"]):
+                    rows = ((bytes.fromhex(row["sha256"]), row["caption"]) for row in batch.to_pylist())
+                    self._database.executemany("INSERT OR REPLACE INTO captions VALUES (?, ?)", rows)
+            self._database.commit()
+        except (pa.ArrowException, OSError, ValueError, TypeError, KeyError) as error:
+            reason = str(error).splitlines()[0]
+            raise DataError(
+                f"{path} is no table of captions with columns sha256 and caption ({reason}). "
+                "`vlv data caption` writes one: captions.parquet"
+            ) from error
+
+    def find(self, sha256: str) -> str | None:
+        """The caption of an image file, if there is one."""
+        key = bytes.fromhex(sha256)
+        row = self._database.execute("SELECT caption FROM captions WHERE sha256 = ?", (key,)).fetchone()
+        return None if row is None else str(row[0])

@@ -1,8 +1,8 @@
-"""Where an import keeps what it has done: a folder beside data/, one subfolder for each finished run of samples.
+"""The folder in which an import keeps its finished work; it lies beside data/ and has a subfolder for each piece.
 
-A run ("piece") has a shard for each split and their tables, and is renamed into place as a whole; then a small
-database learns where in the source the next one begins and which pictures have been seen. So a kill costs the
-piece in work, and the next process goes on to the same bytes.
+A piece is a run of samples: a shard for each split, and their tables. It is renamed into place as a whole. Then a small
+database stores where the next piece begins in the source, and which pictures have been seen. So a kill loses only the
+unfinished piece, and the next process continues and writes the same bytes.
 """
 
 import shutil
@@ -16,9 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from vlv.data import shards
-from vlv.data.import_.recipe import Prepared
-from vlv.data.import_.splits import SPLITS
-from vlv.data.import_.tally import Tally
+from vlv.data.import_.recipe import SPLITS, Prepared, Tally
 from vlv.data.readers.found import Split
 from vlv.data.shards import DataError, ShardEntry
 from vlv.data.writer import TABLE_SCHEMA, WRITTEN, Record, ShardWriter
@@ -26,24 +24,24 @@ from vlv.io import files
 
 
 class Piece:
-    """The piece in work: shard `number` of each split."""
+    """The unfinished piece: shard `number` of each split."""
 
     def __init__(self, folder: Path, number: int) -> None:
         self._folder = folder
         self._shards: dict[Split, ShardWriter] = {split: ShardWriter(folder / split, number) for split in SPLITS}
         self._contents: dict[Split, list[str | None]] = {split: [] for split in SPLITS}
         self.tally = Tally()
-        self.images = 0  # samples of which the source has an image, dropped or not
+        self.images = 0  # samples with an image in the source, dropped or not
 
     def add(self, sample: Prepared, split: Split) -> None:
-        """Append a sample to its split; a dropped one leaves a row in the training table."""
+        """Append a sample to its split. A dropped sample gets a row in the training table."""
         self.tally.add(sample)
         self.images += sample.place.load is not None
         self._shards[split].add(sample.record)
         self._contents[split].append(sample.content)
 
     def finish(self) -> None:
-        """Close the shards and write what the last step needs to know of them."""
+        """Close the shards and write what the last step of the import needs to know about them."""
         entries: dict[str, Any] = {}
         for split, shard in self._shards.items():
             entry = shard.finish()
@@ -58,15 +56,15 @@ class Staging:
     """The staging folder of one import.
 
     Args:
-        folder: made if it is not there.
-        identity: everything that decides the bytes.
-        restart: discard what another import, or an earlier state of the source, has left.
+        folder: it is made if it does not exist.
+        inputs: everything that decides the bytes.
+        restart: discard the work of another import, or of an earlier state of the source.
 
     Raises:
-        DataError: it holds an unfinished import with another identity.
+        DataError: it holds an unfinished import of other inputs.
     """
 
-    def __init__(self, folder: Path, identity: dict[str, Any], *, restart: bool) -> None:
+    def __init__(self, folder: Path, inputs: dict[str, Any], *, restart: bool) -> None:
         self._folder = folder
         marker = folder / "import.json"
         before = files.read_json(marker) if marker.exists() else None
@@ -74,14 +72,14 @@ class Staging:
             for path in folder.glob("*"):
                 if path.name not in {".lock", ".lock.holder", "scratch"}:
                     shutil.rmtree(path) if path.is_dir() else path.unlink()
-            files.write_json(marker, identity)
-        elif before != identity:
-            changed = sorted(key for key in {*before, *identity} if before.get(key) != identity.get(key))
+            files.write_json(marker, inputs)
+        elif before != inputs:
+            changed = sorted(key for key in {*before, *inputs} if before.get(key) != inputs.get(key))
             raise DataError(
                 f"{folder} holds an unfinished import that differs in: {', '.join(changed)}. Finish it with the "
                 "command it was started with, or discard it: --restart"
             )
-        for left in folder.glob(".[0-9]*"):  # a piece in work when a process was killed
+        for left in folder.glob(".[0-9]*"):  # an unfinished piece of a process that was killed
             shutil.rmtree(left)
         self._database = sqlite3.connect(folder / "journal.sqlite")
         self._database.executescript(
@@ -94,12 +92,12 @@ class Staging:
         self._database.close()
 
     def resume(self) -> tuple[int, int, int]:
-        """Number of the next piece, and part and sample of the source where it begins."""
+        """The number of the next piece, and the part and the sample of the source where it begins."""
         row = self._database.execute("SELECT number, part, skip FROM pieces ORDER BY number DESC LIMIT 1").fetchone()
         return (0, 0, 0) if row is None else (row[0] + 1, row[1], row[2])
 
     def first_with(self, content: str, url: str) -> str | None:
-        """The first sample with these pixels, if there was one; otherwise this one is it from now on."""
+        """The first sample with these pixels. If there is none, store this one as the first and return None."""
         key = bytes.fromhex(content)[:16]
         row = self._database.execute("SELECT url FROM seen WHERE content = ?", (key,)).fetchone()
         if row is None:
@@ -109,23 +107,23 @@ class Staging:
 
     @contextmanager
     def piece(self, number: int) -> Iterator[Piece]:
-        """A new piece, in place when the block ends; `commit` must follow."""
+        """A new piece. It is put in place when the block ends; `commit` must follow."""
         with files.atomic_folder(self._folder / f"{number:05d}") as folder:
             piece = Piece(folder, number)
             yield piece
             piece.finish()
 
     def commit(self, number: int, part: int, skip: int) -> None:
-        """Piece `number` is done; the next begins at sample `skip` of part `part`."""
+        """Store that piece `number` is finished and that the next one begins at sample `skip` of part `part`."""
         self._database.execute("INSERT INTO pieces VALUES (?, ?, ?)", (number, part, skip))
         self._database.commit()
 
     def pieces(self) -> list[int]:
-        """Numbers of the pieces that are done."""
+        """The numbers of the finished pieces."""
         return [row[0] for row in self._database.execute("SELECT number FROM pieces ORDER BY number")]
 
     def tally(self) -> Tally:
-        """What became of all samples so far."""
+        """The counts of all samples so far."""
         total = Tally()
         for number in self.pieces():
             value = files.read_json(self._folder / f"{number:05d}" / "piece.json")
@@ -133,20 +131,20 @@ class Staging:
         return total
 
     def shard(self, number: int, split: Split) -> tuple[Path, ShardEntry | None, Path]:
-        """Tar of a piece's split, its entry (None: there is no sample), and its table."""
+        """The tar of a split of a piece, its entry in the manifest (None: no sample), and its table."""
         folder = self._folder / f"{number:05d}"
         entry = files.read_json(folder / "piece.json")["shards"][split]
         parsed = None if entry is None else ShardEntry.model_validate(entry)
         return folder / split / f"{number:05d}.tar", parsed, folder / f"{split}.parquet"
 
     def contents(self, split: Split) -> Iterator[str]:
-        """The hashes of the pixels of all samples of a split."""
+        """The pixel hashes of all samples of a split."""
         for number in self.pieces():
             column = pq.read_table(self.shard(number, split)[2], columns=["content"])["content"]
             yield from (one for one in column.to_pylist() if one is not None)
 
     def records(self, split: Split) -> Iterator[tuple[str | None, Record]]:
-        """All records of a split as they were added, one in memory, with the hash of their pixels."""
+        """All records of a split in their order, with their pixel hashes; memory holds one record."""
         for number in self.pieces():
             tar, entry, table = self.shard(number, split)
             samples = shards.scan_shard(tar) if entry is not None else iter(())

@@ -1,4 +1,4 @@
-"""What a row of a LAION metadata table must satisfy. Each row that does not is counted under the first reason."""
+"""The criteria for a row of a LAION metadata table. A row that fails is counted under the first reason that applies."""
 
 from collections import Counter
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from vlv.data.shards import DataError
 
-# Our name of a column -> the names it has in LAION's tables, whatever their case.
+# Our name of a column -> its names in LAION's tables, in lower case.
 COLUMNS = {
     "URL": ("url",),
     "TEXT": ("text", "caption"),
@@ -32,12 +32,12 @@ SCHEMA = pa.schema(
 
 @dataclass(frozen=True)
 class Criteria:
-    """The paper's selection from LAION-2B-en-aesthetic (arXiv 2507.07104), and one bound that it does not have.
+    """The paper's selection from LAION-2B-en-aesthetic (arXiv 2507.07104). `unsafe_below` is not in the paper.
 
-    Reasons: `no_url`; `size_unknown`; `too_small`: the shorter side is not above `side_above` pixels; `aspect`:
-    width / height outside `aspect_low` to `aspect_high`, both allowed; `watermark_unknown`; `watermark`: its
-    probability is not below `watermark_below`; `unsafe`: the probability is not below `unsafe_below`, or unknown
-    (None: not looked at).
+    A row is dropped for one of these reasons: `no_url`; `size_unknown`; `too_small`: the shorter side is not above
+    `side_above` pixels; `aspect`: width / height is below `aspect_low` or above `aspect_high`; `watermark_unknown`;
+    `watermark`: the probability of a watermark is not below `watermark_below`; `unsafe`: the probability of unsafe
+    content is unknown or not below `unsafe_below` (None: this is not checked).
     """
 
     side_above: int = 512
@@ -66,7 +66,7 @@ def columns(names: list[str], where: str, criteria: Criteria) -> dict[str, str]:
 
 
 def filter_rows(table: pa.Table, criteria: Criteria, dropped: Counter[str]) -> pa.Table:
-    """The rows of a table (of `SCHEMA`) that pass; `dropped` counts the others by reason."""
+    """The rows of a table (columns of `SCHEMA`) that meet the criteria; `dropped` counts the others by reason."""
     width, height = _numbers(table, "WIDTH"), _numbers(table, "HEIGHT")
     watermark, unsafe = _numbers(table, "pwatermark"), _numbers(table, "punsafe")
     with np.errstate(divide="ignore", invalid="ignore"):

@@ -1,11 +1,16 @@
-"""Nested random subsets of the rows that pass: the N smallest of a seeded hash of the URL.
+"""Nested random subsets of the rows that meet the criteria: the N rows with the smallest seeded hash of the URL.
 
-So the 6M are among the 18M and those among the 40M, whatever the order of the tables. Two passes in flat memory:
-the rows that pass are dealt out to some hundred files by the first bits of the hash, then these are sorted one by
-one, the same URL is met again in the same file, and the rows come out in the order of the hash.
+So the 6M subset lies within the 18M subset, and that within the 40M subset, whatever the order of the tables. Memory
+stays constant: a first pass distributes the rows over some hundred files by the first bits of the hash; a second pass
+sorts one file after the other. Equal URLs end up in the same file, and the rows come out in the order of the hash.
+
+The selection is downloaded with img2dataset, in an environment of its own, because it pins old releases of what this
+project uses. `install_command` and `download_commands` give the commands.
 """
 
 import hashlib
+import json
+import shlex
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -32,7 +37,7 @@ _LISTED = SCHEMA.append(pa.field("subset", pa.string()))
 
 @dataclass(frozen=True)
 class Sizes:
-    """Rows read at a time (`batch`), sorted at a time (`piece`: aimed at), and in one file of the URL lists."""
+    """Rows that are read at a time (`batch`), sorted at a time (`piece`, about), and in one file of a list (`file`)."""
 
     batch: int = 1 << 17
     piece: int = 100_000
@@ -44,7 +49,7 @@ DEFAULT = Sizes()
 
 @dataclass(frozen=True)
 class Subset:
-    """A subset: `count` rows asked for, `rows` there are, and of these `new` ones that no smaller subset has."""
+    """A subset. `count` rows were asked for, it has `rows`; `new` of these are in no smaller subset."""
 
     name: str
     count: int
@@ -54,7 +59,7 @@ class Subset:
 
 @dataclass(frozen=True)
 class Selection:
-    """What became of the rows: read, dropped by reason, passed (each URL once), and the subsets."""
+    """How many rows were read, dropped (by reason) and passed (each URL once), and the subsets."""
 
     read: int
     dropped: dict[str, int]
@@ -70,14 +75,17 @@ def select(
     criteria: Criteria,
     sizes: Sizes = DEFAULT,
 ) -> Selection:
-    """Write the URL lists of nested subsets; `counts`: rows by name, such as {"6M": 6_000_000}.
+    """Write the URL lists of nested subsets.
 
-    `output`/NAME/part-*.parquet holds what subset NAME has beyond the smaller ones, so that nothing is downloaded
-    twice; each row says in `subset` to which it belongs. `output`/selection.json is the report. Of rows with
-    the same URL the first counts, in the order of `tables`. The folder is swapped in as a whole.
+    `output`/NAME/part-*.parquet holds the rows of subset NAME that no smaller subset has, so nothing is downloaded
+    twice. The column `subset` names the subset. `output`/selection.json is the report. Of several rows with the same
+    URL the first one in the order of `tables` is used. The folder is put in place as a whole.
+
+    Args:
+        counts: rows by the name of the subset, such as {"6M": 6_000_000}.
 
     Raises:
-        DataError: no table, one that cannot be read or lacks a column, or `output` holds something else.
+        DataError: there is no table, a table cannot be read or lacks a column, or `output` holds something else.
     """
     if output.exists() and any(output.iterdir()) and not (output / REPORT).exists():
         raise DataError(f"{output} is not an earlier selection, and would be replaced. Choose another folder.")
@@ -102,7 +110,7 @@ def select(
 
 
 def _tables(paths: Sequence[Path]) -> list[Path]:
-    """The parquet files that are named or lie in folders that are named, each once."""
+    """The parquet files among `paths` and in the folders among them, each once."""
     found: list[Path] = []
     for path in paths:
         inside = sorted(path.rglob("*.parquet")) if path.is_dir() else [path]
@@ -129,7 +137,7 @@ def _deal(
     dropped: Counter[str],
     progress: Meter,
 ) -> None:
-    """Write the rows that pass into `pieces` files by their rank, in the order in which they are read."""
+    """Distribute the rows that meet the criteria over `pieces` files by their rank, in the order of reading."""
     writers = [pa.ipc.new_stream(spool / f"{i}.arrow", _SPOOLED) for i in range(pieces)]
     try:
         for batch in batches:
@@ -149,7 +157,7 @@ def _deal(
 
 
 def _batches(tables: list[Path], criteria: Criteria, rows: int) -> Iterator[pa.Table]:
-    """Some rows at a time, as `SCHEMA` has them; a column that a table lacks is empty."""
+    """Some rows at a time, with the columns of `SCHEMA`. A column that a table lacks is empty."""
     for path in tables:
         try:
             with pq.ParquetFile(path, pre_buffer=False) as file:
@@ -167,14 +175,14 @@ def _batches(tables: list[Path], criteria: Criteria, rows: int) -> Iterator[pa.T
 
 
 def _ranks(urls: list[str], seed: int) -> np.ndarray[Any, np.dtype[np.uint64]]:
-    """A number from 0 to 2**64 - 1 for each URL, evenly spread; another seed gives others."""
+    """A number from 0 to 2**64 - 1 for each URL, uniformly distributed; it depends on the seed."""
     key = f"vlv select {seed}".encode()
     hashed = (hashlib.blake2b(url.encode("utf-8", "replace"), digest_size=8, key=key).digest() for url in urls)
     return np.frombuffer(b"".join(hashed), ">u8").astype(np.uint64)
 
 
 def _write(spool: Path, pieces: int, lists: list["_List"], bounds: list[int], dropped: Counter[str]) -> int:
-    """Write the lists, the smallest subset first, each up to its bound; how many rows passed."""
+    """Write the lists, the smallest subset first, each up to its bound; returns how many rows passed."""
     passed = 0
     with meter("Writing URL lists", pieces) as progress:
         for i in range(pieces):
@@ -195,11 +203,11 @@ def _write(spool: Path, pieces: int, lists: list["_List"], bounds: list[int], dr
 
 
 def _sorted_once(path: Path) -> tuple[pa.Table, int]:
-    """The rows of a piece in the order of rank and URL, each URL once, and how many were repeated."""
+    """The rows of a piece in the order of rank and URL, each URL once, and how many rows were repeated."""
     with pa.OSFile(str(path), "rb") as stream:
         table = pa.ipc.open_stream(stream).read_all()
     order = pa.compute.sort_indices(table.select(["rank", "URL"]), [("rank", "ascending"), ("URL", "ascending")])
-    table = table.take(order)  # the sort is stable: of equal URLs the first that was read comes first
+    table = table.take(order)  # the sort is stable: of equal URLs the one that was read first comes first
     ranks, urls = table["rank"].to_numpy(), table["URL"]
     keep = np.ones(len(table), bool)
     for i in np.flatnonzero(ranks[1:] == ranks[:-1]) + 1:
@@ -231,3 +239,44 @@ class _List:
         if self._writer is not None:
             self._writer.close()
             self._writer = None
+
+
+ENVIRONMENT = "img2dataset-env"
+_COLUMNS = ["similarity", "hash", "punsafe", "pwatermark", "aesthetic", "subset"]
+
+
+def install_command() -> str:
+    """The command that makes img2dataset's environment."""
+    return f"python3 -m venv {ENVIRONMENT} && {ENVIRONMENT}/bin/pip install img2dataset"
+
+
+def download_commands(urls: Path, images: Path, selection: Selection, side: int) -> list[str]:
+    """The command that downloads each subset. Images keep their ratio; the shorter side has at most `side` pixels.
+
+    The output is what the import needs: tars with parquet files (`webdataset`) that list failed rows and keep the
+    columns. "noai" headers of sites are obeyed, as is img2dataset's default. After a kill the same command continues.
+    """
+    lines = []
+    for subset in selection.subsets:
+        if not subset.new:
+            continue
+        options = {
+            "url_list": urls / subset.name,
+            "input_format": "parquet",
+            "url_col": "URL",
+            "caption_col": "TEXT",
+            "save_additional_columns": json.dumps(_COLUMNS, separators=(",", ":")),
+            "output_folder": images / subset.name,
+            "output_format": "webdataset",
+            "number_sample_per_shard": 10_000,
+            "image_size": side,
+            "resize_mode": "keep_ratio",
+            "resize_only_if_bigger": True,
+            "encode_quality": 95,
+            "retries": 1,
+            "processes_count": 16,
+            "thread_count": 64,
+        }
+        words = [f"--{name}={shlex.quote(str(value))}" for name, value in options.items()]
+        lines.append(" \\\n  ".join([f"{ENVIRONMENT}/bin/img2dataset", *words]))
+    return lines

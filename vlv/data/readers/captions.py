@@ -1,24 +1,26 @@
-"""Captions as they lie beside images: text or JSON files, and one of several by a named rule."""
+"""Reads captions from text, lists and JSON, and chooses one of several by a named rule."""
 
 import math
 from collections.abc import Sequence
 from typing import Any
 
+from vlv.data.readers.formats import Rule
 from vlv.data.readers.found import is_text, rank
-from vlv.data.readers.names import Rule
 from vlv.io import files
 
 CONVERSATIONS = "conversations"  # LLaVA's: what a person asked about an image, and the answers
 
-# Where a JSON object or a table says what an image shows, in the order in which we look.
+# Keys and columns that hold a caption, in the order in which we look.
 NAMES = ("caption", "captions", "text", "txt", "prompt", "description", "recaption", CONVERSATIONS)
-# Not kept of a foreign JSON object: what we write ourselves, and what may tell who took the picture, and where.
+# Keys of a JSON object that are not kept: our own, and those that may tell who took the picture, and where.
 _LEFT_OUT = {*NAMES, "exif", "key", "status", "error_message"}
 
 
 def choose(captions: Sequence[str], rule: Rule, seed: int, name: str) -> int:
-    """Which of several captions: the index. `seeded`: by a hash of seed and sample; `first`; `longest` (in
-    characters, the first of equals)."""
+    """The index of the caption that the rule chooses.
+
+    `seeded`: by a hash of seed and sample. `longest`: in characters; the first of equal ones.
+    """
     if rule == "first":
         return 0
     if rule == "longest":
@@ -27,11 +29,13 @@ def choose(captions: Sequence[str], rule: Rule, seed: int, name: str) -> int:
 
 
 def pick(value: Any, rule: Rule, seed: int, name: str) -> tuple[str | None, dict[str, Any]]:
-    """A caption from text, a list of texts or LLaVA's conversation, and the others as `{"captions": [...]}` for the
-    sample's JSON.
+    """The caption in a text, a list of texts or a conversation of LLaVA.
+
+    Returns:
+        The caption (None if there is none), and the other captions as `{"captions": [...]}` for the sample's JSON.
 
     Raises:
-        ValueError: none of them, a conversation of several answers, or text with half characters in it.
+        ValueError: another type of value, a conversation of several answers, or a text with a lone surrogate.
     """
     if value is None:
         return None, {}
@@ -52,15 +56,15 @@ def pick(value: Any, rule: Rule, seed: int, name: str) -> tuple[str | None, dict
 
 
 def is_list_of_texts(value: Any) -> bool:
-    """Whether it is a list, and all of its items are texts."""
+    """Whether a value is a list whose items are all texts."""
     return isinstance(value, list) and all(isinstance(one, str) for one in value)
 
 
 def answer(conversation: list[Any]) -> str:
-    """What a model said of an image in LLaVA's form, [{from: human, value}, {from: gpt, value}].
+    """The answer in a conversation of LLaVA's form, [{from: human, value}, {from: gpt, value}].
 
     Raises:
-        ValueError: not one answer. Answers to several questions are no caption: none says what the whole image shows.
+        ValueError: there is not exactly one answer. None of several answers describes the whole image.
     """
     answers = [turn.get("value") for turn in conversation if isinstance(turn, dict) and turn.get("from") == "gpt"]
     if len(answers) != 1 or not isinstance(answers[0], str):
@@ -69,10 +73,10 @@ def answer(conversation: list[Any]) -> str:
 
 
 def parse_json(data: bytes | str, name: str = "the JSON beside the image") -> dict[str, Any]:
-    """A JSON object beside an image; `name` is what an error calls it.
+    """A JSON object beside an image. Errors call it `name`.
 
     Raises:
-        ValueError: not JSON, or no object.
+        ValueError: it is not JSON, or no object.
     """
     value = files.parse_json(data, name, "Correct it.")
     if not isinstance(value, dict):
@@ -81,14 +85,14 @@ def parse_json(data: bytes | str, name: str = "the JSON beside the image") -> di
 
 
 def of_json(value: dict[str, Any]) -> Any:
-    """What a JSON object says about its image: text, a list, or None."""
+    """The caption or captions in a JSON object: a text, a list, or None."""
     return next((value[key] for key in NAMES if value.get(key)), None)
 
 
 def facts(value: dict[str, Any]) -> dict[str, Any]:
-    """Plain values of a foreign JSON object that are worth keeping (URL, sizes, scores).
+    """The plain values of a JSON object that are kept (URL, sizes, scores).
 
-    Numbers that are none (NaN, Infinity) and half characters are left out: they could not be written again.
+    NaN, Infinity and texts with a lone surrogate are left out, because they cannot be written again.
     """
     return {key: one for key, one in value.items() if key not in _LEFT_OUT and is_text(key) and _is_plain(one)}
 

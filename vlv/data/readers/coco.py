@@ -1,4 +1,4 @@
-"""COCO captions: an annotations file and a folder with its images, or the folder in which both lie."""
+"""Reads COCO captions: an annotations file and its folder of images, or the folder that holds both."""
 
 import logging
 import re
@@ -6,15 +6,38 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from vlv.data.readers.listed import Entry
+from vlv.data.readers.formats import ReadOptions
+from vlv.data.readers.listed import Entry, ListedReader, open_listed
 from vlv.data.shards import DataError
 from vlv.io import files
 
 logger = logging.getLogger(__name__)
 
 
+def recognises(format: str, source: Path, inside: frozenset[str]) -> bool:
+    """An annotations file, or a folder with one."""
+    if source.is_dir():
+        return bool(in_folder(source))
+    return source.suffix.lower() == ".json" and is_annotations(source)
+
+
+def open_reader(format: str, source: Path, scratch: Path, options: ReadOptions) -> ListedReader:
+    """The reader of an annotations file or of a COCO folder.
+
+    Raises:
+        DataError: no captions file, or its images are not there.
+    """
+    if source.is_dir():
+        tables, listed = of_folder(source)
+        return open_listed(format, source, tables, listed, [options.images or source], scratch, options)
+    images = options.images or images_of(source)
+    if images is None:
+        raise DataError(f"{source}: its images are not beside it. Say where they are: --images FOLDER")
+    return open_listed(format, source, [source], entries(source), [images], scratch, options)
+
+
 def images_of(annotations: Path) -> Path | None:
-    """annotations/captions_train2017.json -> train2017, beside the annotations folder or in it; None: not there."""
+    """The folder of images of annotations/captions_train2017.json: train2017, beside or in the annotations folder."""
     name = annotations.stem.removeprefix("captions_")
     above = annotations.parent.parent
     places = (above / name, above / "images" / name, annotations.parent / name)
@@ -27,10 +50,12 @@ def in_folder(root: Path) -> list[Path]:
 
 
 def of_folder(root: Path) -> tuple[list[Path], Iterator[Entry]]:
-    """The captions files of a COCO folder whose images are there, and their entries; names are relative to `root`.
+    """The captions files of a COCO folder that have their images there, and their entries.
+
+    Names are relative to `root`.
 
     Raises:
-        DataError: none has its images there.
+        DataError: no captions file has its images there.
     """
     places = {path: images_of(path) for path in in_folder(root)}
     found = {path: place for path, place in places.items() if place is not None}
@@ -46,12 +71,12 @@ def of_folder(root: Path) -> tuple[list[Path], Iterator[Entry]]:
 
 
 def entries(annotations: Path, prefix: str = "") -> Iterator[Entry]:
-    """The images of an annotations file with their captions; `prefix` goes before each name.
+    """The images of an annotations file with their captions; `prefix` is put before each name.
 
-    The file is read at once (COCO's largest, 118,000 images, is 90 MB); the images are not.
+    The file is read as a whole (COCO's largest has 118,000 images and 90 MB). Images are not read here.
 
     Raises:
-        DataError: not a captions file.
+        DataError: it is no captions file.
     """
     try:
         value = files.read_json(annotations, "Correct it.")
@@ -71,7 +96,7 @@ def entries(annotations: Path, prefix: str = "") -> Iterator[Entry]:
 
 
 def is_annotations(path: Path) -> bool:
-    """Whether a JSON file begins as an annotations file does; it is not read to its end."""
+    """Whether a JSON file begins like an annotations file. Only its beginning is read."""
     with path.open("rb") as stream:
         head = stream.read(1 << 16)
     return bool(re.match(rb"\s*\{", head)) and bool(re.search(rb'"(images|annotations)"\s*:\s*\[', head))

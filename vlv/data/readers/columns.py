@@ -1,38 +1,53 @@
-"""Sets of images in columns, whatever the file: parquet (readers/parquet.py) or arrow (readers/arrow.py)."""
+"""Reads images from the columns of parquet or arrow files."""
 
 import functools
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 
 from vlv.data.readers import captions
-from vlv.data.readers.found import Content, Found, locate, rank, shuffled, stamp
-from vlv.data.readers.names import NONE, Rule
+from vlv.data.readers.formats import NONE, ReadOptions, Rule
+from vlv.data.readers.found import Content, Found, files_hash, locate, rank, shuffled
+from vlv.data.readers.schema import caption_column, image_column, pylist
 from vlv.data.shards import DataError
+from vlv.io import files
+from vlv.io.images import SUFFIXES
 
 logger = logging.getLogger(__name__)
 
-# Columns that hold images, or name image files, in the order in which we look.
-_IMAGES = ("image", "img", "jpg", "jpeg", "png", "webp", "image_bytes", "bytes", "pixel_values")
-PATHS = (
-    "file_name", "filename", "image_file_name", "image_path", "img_path", "image_file", "image_name", "image", "img",
-    "path", "filepath", "file_path", "file",
-)  # fmt: skip
 DAMAGE = (pa.ArrowException, OSError, ValueError)
+_STATE = "state.json"  # in each folder of arrow files; lists them
+_ROWS = 16  # decoded at a time
+
+
+def recognises(format: str, source: Path, inside: frozenset[str]) -> bool:
+    """A file by its ending; a folder with such files and no images, or with arrow files and their state.json."""
+    if source.is_file():
+        return source.suffix.lower() == f".{format}"
+    with_images = not inside.isdisjoint(SUFFIXES)
+    return f".{format}" in inside and (not with_images or (format == "arrow" and _STATE in inside))
+
+
+def open_reader(format: str, source: Path, scratch: Path, options: ReadOptions) -> "ColumnsReader":
+    """The reader of parquet or arrow files."""
+    kind = ParquetReader if format == "parquet" else ArrowReader
+    return kind(source, options.seed, options.rule, options.image_column, options.caption_column, options.images)
 
 
 class ColumnsReader(ABC):
-    """Files with columns, part by part; how they are divided into parts a subclass knows.
+    """Files with columns, part by part. A subclass knows how a file is divided into parts.
 
-    Files and parts come in an order shuffled by `seed`, rows in theirs. Images are bytes, Hugging Face's struct of
-    bytes and path, or names of files in `images` (None: the folder of the set).
+    The order of files and parts is shuffled by `seed`; rows keep their order. Images are bytes, Hugging Face's struct
+    of bytes and path, or names of files in `images` (None: the folder of the set).
 
     Raises:
-        DataError: no such file, one that cannot be read, or columns that cannot be told; the message lists them.
+        DataError: there is no such file, a file cannot be read, or the columns of images and captions cannot be
+            guessed; the message lists the columns.
     """
 
     format: str
@@ -55,8 +70,8 @@ class ColumnsReader(ABC):
         self._parts: list[tuple[Path, int]] = []
         self._total = 0
         schema = self._survey()
-        self._image = _image_column(schema, image, root)
-        self._caption = _caption_column(schema, caption, root, self._image)
+        self._image = image_column(schema, image, root)
+        self._caption = caption_column(schema, caption, root, self._image)
         logger.info("%s: images from column %s, captions from column %s", root.name, self._image, self._caption or NONE)
         names = {name.lower(): name for name in schema.names}
         beside = [names[name] for name in ("url", "status", "error_message") if name in names]
@@ -65,7 +80,7 @@ class ColumnsReader(ABC):
 
     @abstractmethod
     def _find(self, root: Path) -> list[Path]:
-        """The files of a folder."""
+        """The files in a folder."""
 
     @abstractmethod
     def _measure(self, path: Path) -> tuple[pa.Schema, int, int]:
@@ -76,7 +91,7 @@ class ColumnsReader(ABC):
         """The rows of a part, a few at a time; raises one of `DAMAGE`."""
 
     def _survey(self) -> pa.Schema:
-        """Count rows and parts; the schema of the first file, which all must share."""
+        """Count rows and parts. Returns the schema of the first file, which all files must have."""
         schema: pa.Schema | None = None
         for path in self._files:
             try:
@@ -101,8 +116,8 @@ class ColumnsReader(ABC):
     def total(self) -> int:
         return self._total
 
-    def fingerprint(self) -> str:
-        return stamp(self._files)
+    def files_hash(self) -> str:
+        return files_hash(self._files)
 
     def read(self, part: int = 0, skip: int = 0) -> Iterator[Found]:
         for number, (path, group) in enumerate(self._parts[part:], part):
@@ -147,93 +162,67 @@ class ColumnsReader(ABC):
         return Content(data, caption, None, url, others)
 
 
-def pylist(batch: pa.RecordBatch) -> list[dict[str, Any]]:
-    """The rows of a batch. Text that is not UTF-8 costs no other row: its bytes become half characters."""
-    columns = {}
-    for name, column in zip(batch.schema.names, batch.columns, strict=True):
-        kind = column.type
-        if _is_text(kind):
-            texts = column.cast(pa.large_binary()).to_pylist()
-            columns[name] = [None if one is None else one.decode("utf-8", "surrogateescape") for one in texts]
-        elif _is_list(kind) and _is_text(kind.value_type):
-            lists = column.cast(pa.large_list(pa.large_binary())).to_pylist()
-            columns[name] = [None if one is None else [_decoded(text) for text in one] for one in lists]
-        else:
-            columns[name] = column.to_pylist()
-    return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
-
-
-def _decoded(text: bytes | None) -> str:
-    return "" if text is None else text.decode("utf-8", "surrogateescape")
-
-
-def listed_names(names: Iterable[str] | Mapping[str, Any]) -> str:
-    """For an error: which columns there are."""
-    return "It has: " + ", ".join(names)
-
-
 def _first_line(error: Exception) -> str:
     return next(iter(str(error).splitlines()), "") or type(error).__name__
 
 
-def _image_column(schema: pa.Schema, asked: str | None, root: Path) -> str:
-    able: list[str] = [field.name for field in schema if _holds_images(field.type)]
-    texts: list[str] = [field.name for field in schema if _is_text(field.type)]
-    if asked is not None:
-        if asked not in [*able, *texts]:
-            raise DataError(f"{root}: column {asked!r} holds neither images nor names of files. {_listed(schema)}")
-        return asked
-    named = [name for wanted in _IMAGES for name in able if name.lower() == wanted]
-    if not named and not able:
-        able = [name for wanted in PATHS for name in texts if name.lower() == wanted][:1]
-    if not named and len(able) != 1:
-        raise DataError(
-            f"{root}: cannot tell which column holds the images; name it: --image-column. {_listed(schema)}"
-        )
-    return (named or able)[0]
+class ArrowReader(ColumnsReader):
+    """All saved sets below `root` (a DatasetDict has one for each split), or one arrow file; a part is a file.
+
+    Files are mapped into memory, not read. The package `datasets` is not needed.
+    """
+
+    format = "arrow"
+
+    def _find(self, root: Path) -> list[Path]:
+        """Those that a state.json lists (a `map` may have left others beside them), else all."""
+        states = sorted(root.rglob(_STATE))
+        if not states:
+            return [path for path in root.rglob("*.arrow") if path.is_file()]
+        return [path for state in states for path in _saved(state)]
+
+    def _measure(self, path: Path) -> tuple[pa.Schema, int, int]:
+        with pa.memory_map(str(path)) as stream, pa.ipc.open_stream(stream) as reader:
+            rows = 0
+            try:
+                for batch in reader:
+                    rows += batch.num_rows
+            except (pa.ArrowException, OSError):
+                pass  # `read` names the damage, after the rows before it
+            return reader.schema, 1, rows
+
+    def _batches(self, path: Path, part: int, columns: list[str]) -> Iterator[pa.RecordBatch]:
+        with pa.memory_map(str(path)) as stream, pa.ipc.open_stream(stream) as reader:
+            for batch in reader:
+                chosen = batch.select(columns)
+                for begin in range(0, batch.num_rows, _ROWS):
+                    yield chosen.slice(begin, _ROWS)
 
 
-def _holds_images(kind: pa.DataType) -> bool:
-    """Bytes, or Hugging Face's form: a struct of bytes and path."""
-    if pa.types.is_struct(kind):
-        return any(kind.field(i).name == "bytes" for i in range(kind.num_fields))
-    return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind))
+def _saved(state: Path) -> list[Path]:
+    try:
+        names = [str(one["filename"]) for one in files.read_json(state, "Correct it.")["_data_files"]]
+    except (KeyError, TypeError, ValueError) as error:
+        raise DataError(f"{state} is not what save_to_disk writes ({error}); name one arrow file") from error
+    found = [state.parent / Path(name).name for name in names]
+    missing = next((path for path in found if not path.is_file()), None)
+    if missing is not None:
+        raise DataError(f"{missing} is missing, but {state} lists it")
+    return found
 
 
-def _caption_column(schema: pa.Schema, asked: str | None, root: Path, image: str) -> str | None:
-    if asked == NONE:
-        return None
-    able: list[str] = [field.name for field in schema if field.name != image and _holds_captions(field.type)]
-    if asked is not None:
-        if asked not in able:
-            raise DataError(f"{root}: column {asked!r} holds no text. {_listed(schema)}")
-        return asked
-    named = [name for wanted in captions.NAMES for name in able if name.lower() == wanted]
-    if not named:
-        raise DataError(
-            f"{root}: cannot tell which column holds the captions; name it: --caption-column NAME, or "
-            f"--caption-column {NONE}. {_listed(schema)}"
-        )
-    return named[0]
+class ParquetReader(ColumnsReader):
+    """All parquet files below `root` (or one file); a part is a row group. Memory holds what Arrow needs of one."""
 
+    format = "parquet"
 
-def _holds_captions(kind: pa.DataType) -> bool:
-    """Text, a list of texts, or LLaVA's conversation: a list of structs of from and value."""
-    if not _is_list(kind):
-        return _is_text(kind)
-    inner = kind.value_type
-    if pa.types.is_struct(inner):
-        return {"from", "value"} <= {inner.field(i).name for i in range(inner.num_fields)}
-    return _is_text(inner)
+    def _find(self, root: Path) -> list[Path]:
+        return [path for path in root.rglob("*.parquet") if path.is_file()]
 
+    def _measure(self, path: Path) -> tuple[pa.Schema, int, int]:
+        with pq.ParquetFile(path) as file:
+            return file.schema_arrow, file.num_row_groups, file.metadata.num_rows
 
-def _is_text(kind: pa.DataType) -> bool:
-    return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind))
-
-
-def _is_list(kind: pa.DataType) -> bool:
-    return bool(pa.types.is_list(kind) or pa.types.is_large_list(kind))
-
-
-def _listed(schema: pa.Schema) -> str:
-    return listed_names(f"{field.name} ({field.type})" for field in schema)
+    def _batches(self, path: Path, part: int, columns: list[str]) -> Iterator[pa.RecordBatch]:
+        with pq.ParquetFile(path, pre_buffer=False) as file:
+            yield from file.iter_batches(_ROWS, row_groups=[part], columns=columns)

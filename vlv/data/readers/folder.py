@@ -1,7 +1,4 @@
-"""A folder of images, at any depth, with `.txt`, `.caption` or `.json` files of the same names.
-
-Also img2dataset's "files" layout, which is such a folder with a parquet file for each subfolder.
-"""
+"""Reads a folder of images, at any depth, with captions in `.txt`, `.caption` or `.json` files of the same names."""
 
 import functools
 import hashlib
@@ -11,23 +8,21 @@ from pathlib import Path
 from typing import Any
 
 from vlv.data.readers import captions
-from vlv.data.readers.found import IMAGES, Content, Found, rank
-from vlv.data.readers.img2dataset import failures
-from vlv.data.readers.names import Rule
-from vlv.data.readers.scratch import database
+from vlv.data.readers.formats import ReadOptions, Rule
+from vlv.data.readers.found import Content, Found, database, rank, walk
 from vlv.data.shards import DataError
-from vlv.io import files
+from vlv.io import files, images
 
-SIDECARS = (".txt", ".caption", ".json")  # the first that is there counts
-# What may hold the captions of a whole folder, unless it says by its name that it is about the folder.
+SIDECARS = (".txt", ".caption", ".json")  # the first that exists is used
+# Files that may hold the captions of a whole folder, unless their names begin as in `_ABOUT`.
 _LISTS = (*SIDECARS, ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet")
 _ABOUT = ("readme", "license", "licence", "notice", "credits", "attribution", "dataset_info")
 
 
 class FolderReader:
-    """Images below `root`, hidden ones left out, in an order shuffled by `seed`.
+    """Images below `root` without hidden ones, in an order that is shuffled by `seed`.
 
-    The list of files is kept in a database below `scratch`, so that memory does not grow with it.
+    A database below `scratch` keeps the list of files, so that memory does not grow with it.
     """
 
     format = "folder"
@@ -42,23 +37,22 @@ class FolderReader:
         self._listing.commit()
 
     def _walk(self) -> Iterator[tuple[bytes, bytes, int, int]]:
-        for folder, subfolders, names in os.walk(self._root):
-            subfolders[:] = [name for name in subfolders if not name.startswith(".")]
+        for folder, names in walk(self._root):
             beside = set(names)
-            for name in sorted(names):
-                path = Path(folder, name)
+            for name in names:
+                path = folder / name
                 if self._list is None and _may_list(name):
                     self._list = path.relative_to(self._root).as_posix()
-                if path.suffix.lower() in IMAGES and not name.startswith(".") and path.is_file():
+                if path.suffix.lower() in images.SUFFIXES and path.is_file():
                     self._captioned = self._captioned or any(path.with_suffix(end).name in beside for end in SIDECARS)
                     relative, status = path.relative_to(self._root).as_posix(), path.stat()
                     yield rank(self._seed, relative), os.fsencode(relative), status.st_size, status.st_mtime_ns
 
     def ask_for_captions(self) -> None:
-        """Stop where no image has captions beside it, but some file may hold those of all.
+        """Check that captions were found, unless no file looks like captions.
 
         Raises:
-            DataError: with the file, and what to say.
+            DataError: no image has a caption beside it, but some file may hold all captions. Names it and the remedy.
         """
         if self._captioned or self._list is None or not self.total():
             return
@@ -74,7 +68,7 @@ class FolderReader:
     def total(self) -> int:
         return int(self._listing.execute("SELECT count(*) FROM files").fetchone()[0])
 
-    def fingerprint(self) -> str:
+    def files_hash(self) -> str:
         digest = hashlib.sha256()
         for row in self._listing.execute("SELECT path, size, time FROM files ORDER BY rank, path"):
             digest.update(repr(row).encode())
@@ -102,7 +96,7 @@ class FolderReader:
         return Content(image, caption, meta=meta, url=self._url(meta))
 
     def _read(self, path: Path, sidecar: Path, url: str) -> tuple[str | None, dict[str, Any]]:
-        """The caption, and what the JSON file says besides, wherever the caption comes from."""
+        """The caption, and the other values of the JSON file, wherever the caption comes from."""
         if sidecar.suffix == ".json":
             value = captions.parse_json(sidecar.read_bytes())
             caption, others = captions.pick(captions.of_json(value), self._rule, self._seed, url)
@@ -112,11 +106,11 @@ class FolderReader:
         return caption, _origin(captions.parse_json(beside.read_bytes())) if beside.exists() else {}
 
     def _url(self, _meta: dict[str, Any]) -> str | None:
-        return None  # the place in the folder is the name
+        return None  # the place in the folder is its name
 
 
 def _may_list(name: str) -> bool:
-    return not name.startswith(".") and name.lower().endswith(_LISTS) and not name.lower().startswith(_ABOUT)
+    return name.lower().endswith(_LISTS) and not name.lower().startswith(_ABOUT)
 
 
 def _origin(value: dict[str, Any]) -> dict[str, Any]:
@@ -124,26 +118,13 @@ def _origin(value: dict[str, Any]) -> dict[str, Any]:
     return {"origin": known} if known else {}
 
 
-class FilesReader(FolderReader):
-    """img2dataset's "files" layout: a second part holds what could not be downloaded."""
+def recognises(format: str, source: Path, inside: frozenset[str]) -> bool:
+    """Any folder. This format is asked last."""
+    return source.is_dir()
 
-    format = "img2dataset"
 
-    def total(self) -> int:
-        return super().total() + sum(1 for _ in self._failed())
-
-    def read(self, part: int = 0, skip: int = 0) -> Iterator[Found]:
-        if part == 0:
-            yield from super().read(0, skip)
-            skip = 0
-        for index, (url, reason, message) in enumerate(self._failed()):
-            if index >= skip:
-                yield Found(1, index, url, None, reason, message)
-
-    def _failed(self) -> Iterator[tuple[str, str, str]]:
-        for table in sorted(self._root.glob("*.parquet")):
-            yield from failures(table, None)
-
-    def _url(self, meta: dict[str, Any]) -> str | None:
-        url = meta.get("origin", {}).get("url")
-        return url if isinstance(url, str) else None
+def open_reader(format: str, source: Path, scratch: Path, options: ReadOptions) -> FolderReader:
+    """The reader of a folder of images."""
+    if not source.is_dir():
+        raise DataError(f"{source} is not a folder")
+    return FolderReader(source, scratch, options.seed, options.rule)

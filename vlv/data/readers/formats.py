@@ -1,36 +1,55 @@
-"""Which format a source has, and the reader for it."""
+"""The formats of image sets: which module reads each of them, and which one a source looks like.
 
-import os
-from collections.abc import Iterable
+A new format is one module in this folder and one row in `FORMATS`. This file imports no reader until one is needed, so
+the command line can list the names at once.
+"""
+
+import importlib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import get_args
+from typing import TYPE_CHECKING, Any, Literal
 
-from vlv.data.readers import coco, imagefolder, table
-from vlv.data.readers.arrow import STATE, ArrowReader
-from vlv.data.readers.folder import FilesReader, FolderReader
-from vlv.data.readers.found import IMAGES, Reader
-from vlv.data.readers.img2dataset import is_table
-from vlv.data.readers.listed import Entry, ListedReader
-from vlv.data.readers.names import Format, Rule
-from vlv.data.readers.parquet import ParquetReader
-from vlv.data.readers.tars import ENDINGS as TARS
-from vlv.data.readers.tars import TarReader
-from vlv.data.shards import MANIFEST, DataError
+from vlv.data.shards import DataError
 
-FORMATS: tuple[str, ...] = get_args(Format)
+if TYPE_CHECKING:
+    from vlv.data.readers.found import Reader
+
+# Name of a format -> its module, in the order in which `guess` asks. The module has
+#   open_reader(format, source, scratch, options) -> Reader
+#   recognises(format, source, inside) -> bool, where `inside` is what `_inside` found below a folder
+FORMATS = {
+    "shards": "tars",
+    "img2dataset": "tars",
+    "arrow": "columns",
+    "imagefolder": "tables",
+    "parquet": "columns",
+    "coco": "coco",
+    "llava": "tables",
+    "table": "tables",
+    "folder": "folder",
+}
+# Names of files that tell a format; found at any depth.
+_TELLING = frozenset({"state.json", "metadata.csv", "metadata.jsonl", "metadata.parquet"})
+_KNOWN_FILES = ".parquet, .arrow, .tar, .tar.gz, .tgz, .json, .jsonl, .ndjson, .csv, .tsv"
+
+Rule = Literal["seeded", "first", "longest"]  # which of several captions
+NONE = "none"  # as a caption column: there are no captions
 
 
 @dataclass(frozen=True)
 class ReadOptions:
-    """How a source is read; what a format does not know it ignores.
+    """How a source is read. A format ignores the options that it does not know.
 
-    `format` None: guessed. `images` is the folder of images of a format that names them (None: guessed).
-    `image_column` and `caption_column` are those of a format with columns (None: guessed); caption_column "none":
-    there are no captions. `rule` chooses one of several captions, `seed` decides it and the order of the source.
+    Attributes:
+        format: a name in `FORMATS`; None: guessed.
+        images: the folder of images, for a format that names them; None: guessed.
+        image_column, caption_column: of a format with columns; None: guessed. caption_column "none": there are no
+            captions.
+        rule: which of several captions of an image is taken.
+        seed: decides the order of the source, and the caption where `rule` is "seeded".
     """
 
-    format: Format | None = None
+    format: str | None = None
     images: Path | None = None
     image_column: str | None = None
     caption_column: str | None = None
@@ -38,124 +57,51 @@ class ReadOptions:
     seed: int = 0
 
 
-def open_source(source: Path, scratch: Path, options: ReadOptions) -> Reader:
+def open_source(source: Path, scratch: Path, options: ReadOptions) -> "Reader":
     """The reader of a source; it may keep a listing below `scratch`.
 
     Raises:
-        DataError: no such path, or not of this format.
+        DataError: no such path or format, or the source is not of this format.
     """
     chosen = options.format or guess(source)
+    if chosen not in FORMATS:
+        raise DataError(f"There is no format {chosen!r}; the formats are {', '.join(FORMATS)}")
     if not source.exists():
         raise DataError(f"There is no {source}")
-    if chosen in ("coco", "table", "llava", "imagefolder"):
-        return _listed(chosen, source, scratch, options)
-    seed, rule = options.seed, options.rule
-    if chosen in ("parquet", "arrow"):
-        kind = ParquetReader if chosen == "parquet" else ArrowReader
-        return kind(source, seed, rule, options.image_column, options.caption_column, options.images)
-    if chosen == "shards" or (chosen == "img2dataset" and (source.is_file() or ".tar" in _inside(source))):
-        return TarReader(source, seed, rule, ours=chosen == "shards")
-    if not source.is_dir():
-        raise DataError(f"{source} is not a folder")
-    if chosen == "img2dataset":
-        return FilesReader(source, scratch, seed, rule)
-    return FolderReader(source, scratch, seed, rule)
+    reader: Reader = _module(chosen).open_reader(chosen, source, scratch, options)
+    return reader
 
 
-def _listed(chosen: Format, source: Path, scratch: Path, options: ReadOptions) -> ListedReader:
-    """A reader of what some file lists."""
-    image, caption = options.image_column, options.caption_column
-    entries: Iterable[Entry]
-    tables, folders = [source], [options.images or source]
-    if chosen == "coco" and source.is_dir():
-        tables, entries = coco.of_folder(source)
-    elif chosen == "coco":
-        images = options.images or coco.images_of(source)
-        if images is None:
-            raise DataError(f"{source}: its images are not beside it. Say where they are: --images FOLDER")
-        folders = [images]
-        entries = coco.entries(source)
-    elif chosen == "imagefolder":
-        tables = imagefolder.tables(source)
-        entries = imagefolder.entries(source, tables, image, caption)
-    else:
-        tables = [source] if source.is_file() else _conversations(source)
-        if options.images is None and tables:
-            beside = tables[0].parent
-            guesses = (beside, beside / "images", beside.parent, beside.parent / "images")
-            folders = [path for path in guesses if path.is_dir()]
-        entries = (entry for one in tables for entry in table.entries(one, image, caption))
-    if not tables:
-        raise DataError(
-            f"{source} has no file that lists its images, as {chosen} has; name the file, or another --format"
-        )
-    missing = next((folder for folder in folders if not folder.is_dir()), None)
-    if missing is not None:
-        raise DataError(f"{missing} is not a folder. Say where the images are: --images FOLDER")
-    return ListedReader(chosen, tables, entries, folders, scratch, options.seed, options.rule)
-
-
-def guess(source: Path) -> Format:
+def guess(source: Path) -> str:
     """The format by what the path is.
 
     Raises:
-        DataError: no such path, or a file of no format that is known.
+        DataError: no such path, or a file of no known format.
     """
-    if source.is_dir():
-        return _guess_folder(source)
     if not source.exists():
         raise DataError(f"There is no {source}")
-    name, ending = source.name.lower(), source.suffix.lower()
-    if ending in (".parquet", ".arrow"):
-        return "parquet" if ending == ".parquet" else "arrow"
-    if name.endswith(TARS):
-        return "img2dataset"
-    if ending == ".json" and coco.is_annotations(source):
-        return "coco"
-    if ending == ".json" and table.is_conversations(source):
-        return "llava"
-    if ending in table.ENDINGS:
-        return "table"
+    inside = _inside(source)
+    for name in FORMATS:
+        if _module(name).recognises(name, source, inside):
+            return name
     raise DataError(
-        f"{source} is neither a folder nor a file that ends in .parquet, .arrow, {', '.join(TARS)}, "
-        f"{', '.join(table.ENDINGS)}. If it is one of {', '.join(FORMATS)}, say so: --format NAME"
+        f"{source} is neither a folder nor a file that ends in {_KNOWN_FILES}. "
+        f"If it is one of {', '.join(FORMATS)}, say so: --format NAME"
     )
 
 
-def _guess_folder(source: Path) -> Format:
-    inside = _inside(source)
-    with_images = not inside.isdisjoint(IMAGES)
-    if (source / MANIFEST).exists() and (source / "train").is_dir():
-        return "shards"
-    if ".tar" in inside:
-        return "img2dataset"
-    tables = sorted(source.glob("*.parquet"))[:1]
-    if tables and is_table(tables[0]) and (source / tables[0].stem).is_dir():
-        return "img2dataset"  # its "files" layout
-    if ".arrow" in inside and (STATE in inside or not with_images):
-        return "arrow"
-    if with_images and not inside.isdisjoint(imagefolder.NAMES):
-        return "imagefolder"
-    if ".parquet" in inside and not with_images:
-        return "parquet"
-    if coco.in_folder(source):
-        return "coco"
-    if len(_conversations(source)) == 1:
-        return "llava"
-    return "folder"
+def _module(name: str) -> Any:
+    return importlib.import_module(f"vlv.data.readers.{FORMATS[name]}")
 
 
-def _inside(folder: Path) -> set[str]:
-    """The endings of all files at any depth (.tar for a compressed one too), and the names that tell a format."""
+def _inside(source: Path) -> frozenset[str]:
+    """The endings of all files below a folder, in lower case, and the names among `_TELLING`; nothing for a file."""
+    from vlv.data.readers.found import walk
+
     found: set[str] = set()
-    for _, _, names in os.walk(folder):
+    for _, names in walk(source) if source.is_dir() else ():
         for name in names:
             lower = name.lower()
-            found.add(".tar" if lower.endswith(TARS) else Path(lower).suffix)
-        found |= {STATE, *imagefolder.NAMES} & set(names)
-    return found
-
-
-def _conversations(source: Path) -> list[Path]:
-    """LLaVA's files in a folder."""
-    return [path for path in sorted(source.glob("*.json")) if table.is_conversations(path)]
+            found.add(".tar.gz" if lower.endswith(".tar.gz") else Path(lower).suffix)
+        found |= _TELLING & set(names)
+    return frozenset(found)

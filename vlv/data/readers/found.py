@@ -1,25 +1,28 @@
-"""What a reader gives, whatever the format: samples where they lie, and a way to load each of them."""
+"""What every reader yields: the place of a sample and a way to load it. And what the readers share."""
 
 import hashlib
+import os
 import re
+import sqlite3
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal, Protocol
 
-from vlv.io import images
-
 Split = Literal["train", "validation", "test"]
-
-IMAGES = images.SUFFIXES
 
 
 @dataclass(frozen=True)
 class Content:
-    """A sample as loaded. `image` holds encoded bytes; `url` names its origin better than its place does.
+    """A loaded sample.
 
-    `caption` is as in the source; `caption_problem`: the reason and message where there is one but not usable.
-    `split` is given where the source has our splits already.
+    Attributes:
+        image: encoded bytes.
+        caption: as it is in the source.
+        caption_problem: reason and message, if there is a caption that cannot be used.
+        url: the origin of the image, if the source knows more than the place in it.
+        meta: for the JSON of the sample.
+        split: if the source has our splits already.
     """
 
     image: bytes
@@ -32,11 +35,16 @@ class Content:
 
 @dataclass(frozen=True)
 class Found:
-    """A sample at a place of the source: number `index` of part number `part`.
+    """A sample at a place of the source.
 
-    `load` reads it, in any thread; it raises `OSError` or `ValueError` where that fails. None: the source itself
-    says that there is no image, for `reason` (a short name that is counted) and `message`. What is not Unicode in
-    `url` and `message` (they hold names of files and members) is replaced by the sign for it.
+    Attributes:
+        part, index: the sample is number `index` of part number `part`.
+        url: the name of the place.
+        load: reads the sample, in any thread, and raises `OSError` or `ValueError` if that fails. None: the source says
+            that there is no image.
+        reason, message: why there is no image; the reason is a short name that is counted.
+
+    In `url` and `message`, which may hold names of files, bytes that are not Unicode become U+FFFD.
     """
 
     part: int
@@ -52,24 +60,24 @@ class Found:
 
 
 class Reader(Protocol):
-    """A source: some parts, each a sequence of samples, always in the same order."""
+    """A source. It has some parts, each a sequence of samples, always in the same order."""
 
     format: str
 
     def total(self) -> int:
-        """How many samples there are, failed ones included; an estimate where the source does not say."""
+        """How many samples there are, with failed ones; an estimate if the source does not say."""
         ...
 
-    def fingerprint(self) -> str:
-        """Changes when the source does: a hash of names, sizes and times of its files."""
+    def files_hash(self) -> str:
+        """A hash of the names, sizes and times of the files; it changes when the source does."""
         ...
 
     def read(self, part: int = 0, skip: int = 0) -> Iterator[Found]:
-        """All samples from number `skip` of part `part` on; one sample in memory."""
+        """All samples from number `skip` of part `part` on. Memory holds one sample."""
         ...
 
 
-# Half of a character: Python has it for a byte of a file name that is not UTF-8, JSON for a "\\ud800" alone.
+# A lone surrogate: Python uses it for a byte of a file name that is not UTF-8; JSON can hold a single "\\ud800".
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
 
@@ -79,12 +87,19 @@ def is_text(text: str) -> bool:
 
 
 def readable(text: str) -> str:
-    """The text with the sign for an unknown character wherever it could not be written as UTF-8."""
+    """The text with U+FFFD in the place of what cannot be written as UTF-8."""
     return _SURROGATE.sub("\N{REPLACEMENT CHARACTER}", text)
 
 
+def walk(root: Path) -> Iterator[tuple[Path, list[str]]]:
+    """Each folder from `root` down with the names of its files, sorted; hidden folders and files are left out."""
+    for folder, subfolders, names in os.walk(root):
+        subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
+        yield Path(folder), sorted(name for name in names if not name.startswith("."))
+
+
 def locate(folder: Path, name: str) -> Path | tuple[str, str]:
-    """The file that a source calls `name`, in `folder` or below; where there is none, a reason and a message."""
+    """The file `name` in `folder` or below; if there is none, a reason and a message."""
     path = PurePosixPath(name)
     if path.is_absolute() and path.is_relative_to(folder.resolve().as_posix()):
         path = path.relative_to(folder.resolve().as_posix())
@@ -92,13 +107,13 @@ def locate(folder: Path, name: str) -> Path | tuple[str, str]:
         return "outside_folder", f"the name leads out of {folder}"
     try:
         there = (folder / path).is_file()
-    except (OSError, ValueError) as error:  # half a character, a null byte, a name too long
+    except (OSError, ValueError) as error:  # a lone surrogate, a null byte, a name that is too long
         return "image_missing", f"no file can have this name ({error})"
     return folder / path if there else ("image_missing", f"{folder} does not have it")
 
 
 def rank(seed: int, name: str) -> bytes:
-    """8 bytes by which names are put in an order that is shuffled, but the same each time."""
+    """8 bytes of a hash. They put names in a shuffled order that is the same each time."""
     return hashlib.blake2b(f"{seed}:{name}".encode("utf-8", "surrogatepass"), digest_size=8).digest()
 
 
@@ -107,10 +122,26 @@ def shuffled(paths: Iterable[Path], root: Path, seed: int) -> list[Path]:
     return sorted(paths, key=lambda path: (rank(seed, path.relative_to(root).as_posix()), path))
 
 
-def stamp(paths: Iterable[Path]) -> str:
-    """A hash of names, sizes and times of modification."""
+def files_hash(paths: Iterable[Path]) -> str:
+    """A hash of the files' names, sizes and times of modification."""
     digest = hashlib.sha256()
     for path in paths:
         status = path.stat()
         digest.update(f"{path.name}\0{status.st_size}\0{status.st_mtime_ns}\n".encode("utf-8", "surrogateescape"))
     return digest.hexdigest()
+
+
+def database(folder: Path, name: str, table: str) -> sqlite3.Connection:
+    """A new, empty SQLite database on disk, for a list that may be too long for memory.
+
+    Args:
+        folder, name: the file is `folder`/`name`.sqlite.
+        table: its only table, as the SQL after CREATE TABLE.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{name}.sqlite"
+    path.unlink(missing_ok=True)
+    made = sqlite3.connect(path)
+    made.execute("PRAGMA synchronous=OFF")  # it does not have to outlive the process
+    made.execute(f"CREATE TABLE {table}")
+    return made

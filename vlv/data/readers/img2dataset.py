@@ -1,4 +1,7 @@
-"""The parquet file that img2dataset writes beside each shard: one row for each URL, failed ones included."""
+"""What img2dataset writes besides tars: a parquet file for each shard, and its "files" layout.
+
+The parquet file has one row for each URL, failed ones included.
+"""
 
 from collections.abc import Iterator, Set
 from pathlib import Path
@@ -7,7 +10,10 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from vlv.data.readers.columns import DAMAGE, pylist
+from vlv.data.readers.columns import DAMAGE
+from vlv.data.readers.folder import FolderReader
+from vlv.data.readers.found import Found
+from vlv.data.readers.schema import pylist
 
 _ROWS = 1024  # read at a time
 
@@ -21,11 +27,17 @@ def is_table(path: Path) -> bool:
     return {"key", "status", "url"} <= names and "jpg" not in names
 
 
-def failures(table: Path, present: Set[str] | None) -> Iterator[tuple[str, str, str]]:
-    """URL, reason and message of each row without an image: img2dataset's status (`failed_to_download`,
-    `failed_to_resize`), or `missing_in_tar` where it says success but the key is not in `present`.
+def is_files_layout(folder: Path) -> bool:
+    """Whether a folder is the "files" layout: tables, and beside each a folder of its name."""
+    tables = sorted(folder.glob("*.parquet"))[:1]
+    return bool(tables) and is_table(tables[0]) and (folder / tables[0].stem).is_dir()
 
-    A table that cannot be read gives one row, `damaged_file`.
+
+def failures(table: Path, present: Set[str] | None) -> Iterator[tuple[str, str, str]]:
+    """URL, reason and message of each row without an image.
+
+    The reason is img2dataset's status (`failed_to_download`, `failed_to_resize`), or `missing_in_tar` if the status is
+    success and the key is not in `present`. A table that cannot be read gives one row, `damaged_file`.
     """
     try:
         for row in _rows(table):
@@ -44,3 +56,28 @@ def _rows(table: Path) -> Iterator[dict[str, Any]]:
         wanted = [name for name in ("key", "status", "url", "error_message") if name in file.schema_arrow.names]
         for batch in file.iter_batches(_ROWS, columns=wanted):
             yield from pylist(batch)
+
+
+class FilesReader(FolderReader):
+    """img2dataset's "files" layout. A second part lists the images that could not be downloaded."""
+
+    format = "img2dataset"
+
+    def total(self) -> int:
+        return super().total() + sum(1 for _ in self._failed())
+
+    def read(self, part: int = 0, skip: int = 0) -> Iterator[Found]:
+        if part == 0:
+            yield from super().read(0, skip)
+            skip = 0
+        for index, (url, reason, message) in enumerate(self._failed()):
+            if index >= skip:
+                yield Found(1, index, url, None, reason, message)
+
+    def _failed(self) -> Iterator[tuple[str, str, str]]:
+        for table in sorted(self._root.glob("*.parquet")):
+            yield from failures(table, None)
+
+    def _url(self, meta: dict[str, Any]) -> str | None:
+        url = meta.get("origin", {}).get("url")
+        return url if isinstance(url, str) else None

@@ -1,4 +1,4 @@
-"""Images that a file lists with their captions: what COCO, tables, LLaVA and Hugging Face's imagefolder share."""
+"""Reads images that a file lists with their captions. COCO, tables, LLaVA and imagefolder share this reader."""
 
 import functools
 import json
@@ -10,14 +10,14 @@ from pathlib import Path
 from typing import Any
 
 from vlv.data.readers import captions
-from vlv.data.readers.found import Content, Found, locate, rank, stamp
-from vlv.data.readers.names import Rule
-from vlv.data.readers.scratch import database
+from vlv.data.readers.formats import ReadOptions, Rule
+from vlv.data.readers.found import Content, Found, database, files_hash, locate, rank
+from vlv.data.shards import DataError
 from vlv.io import files
 
 logger = logging.getLogger(__name__)
 
-_TRIED = 50  # names by which the folder of images is chosen
+_TRIED = 50  # names that decide which folder of images is used
 
 
 @dataclass(frozen=True)
@@ -25,12 +25,12 @@ class Entry:
     """A line of a list.
 
     Attributes:
-        name: of the image, relative to the folder of images; of the line itself where it names no image.
-        caption: text or a list of texts.
-        caption_problem: a reason and a message, where there is none that can be used.
-        meta: for the sample's JSON.
-        fault: a reason and a message, where the line names no image.
-        listed: False for an image that was found, but that no list names.
+        name: of the image, relative to the folder of images; the name of the line if it names no image.
+        caption: a text or a list of texts.
+        caption_problem: reason and message, if there is no caption that can be used.
+        meta: for the JSON of the sample.
+        fault: reason and message, if the line names no image.
+        listed: False for an image that was found in the folder and is in no list.
     """
 
     name: str
@@ -42,15 +42,15 @@ class Entry:
 
 
 class ListedReader:
-    """Entries in an order shuffled by `seed`; those of the same image are one sample with several captions.
+    """Entries in an order that is shuffled by `seed`. Entries of the same image are one sample with several captions.
 
-    They are kept in a database below `scratch`, so that memory does not grow with them.
+    A database below `scratch` keeps them, so that memory does not grow with them.
 
     Args:
-        format: how the reader calls itself.
-        tables: the files that list; for the fingerprint.
-        entries: what they say.
-        folders: where the images may lie; the one that has most of the first names is taken.
+        format: the name of the format.
+        tables: the files with the lists, for `files_hash`.
+        entries: the lines of the lists.
+        folders: where the images may be. The folder that has most of the first names is used.
     """
 
     def __init__(
@@ -91,8 +91,8 @@ class ListedReader:
     def total(self) -> int:
         return int(self._listing.execute("SELECT count(DISTINCT name) FROM entries").fetchone()[0])
 
-    def fingerprint(self) -> str:
-        return stamp(self._tables)
+    def files_hash(self) -> str:
+        return files_hash(self._tables)
 
     def read(self, part: int = 0, skip: int = 0) -> Iterator[Found]:
         """One part: the images."""
@@ -125,6 +125,30 @@ class ListedReader:
 
 
 def _entry(value: dict[str, Any]) -> Entry:
-    """An entry from what it was stored as; JSON has lists for tuples."""
+    """An entry from its JSON, which has lists for tuples."""
     pairs = {name: tuple(value[name]) for name in ("caption_problem", "fault") if value[name] is not None}
     return Entry(**value | pairs)
+
+
+def open_listed(
+    format: str,
+    source: Path,
+    tables: Sequence[Path],
+    entries: Iterable[Entry],
+    folders: Sequence[Path],
+    scratch: Path,
+    options: ReadOptions,
+) -> ListedReader:
+    """Make a `ListedReader` after a check that there are tables, and that the folders of images exist.
+
+    Raises:
+        DataError: there is no table, or a folder does not exist.
+    """
+    if not tables:
+        raise DataError(
+            f"{source} has no file that lists its images, as {format} has; name the file, or another --format"
+        )
+    missing = next((folder for folder in folders if not folder.is_dir()), None)
+    if missing is not None:
+        raise DataError(f"{missing} is not a folder. Say where the images are: --images FOLDER")
+    return ListedReader(format, tables, entries, folders, scratch, options.seed, options.rule)

@@ -1,4 +1,4 @@
-"""Webdataset tars: img2dataset's output, others' of the same form, and our own shards."""
+"""Reads webdataset tars: the output of img2dataset, tars of the same form, and our own shards."""
 
 import functools
 import gzip
@@ -11,25 +11,27 @@ from pathlib import Path, PurePosixPath
 from typing import Any, get_args
 
 from vlv.data.readers import captions
-from vlv.data.readers.found import IMAGES, Content, Found, Split, shuffled, stamp
-from vlv.data.readers.img2dataset import failures, is_table
-from vlv.data.readers.names import Rule
+from vlv.data.readers.formats import ReadOptions, Rule
+from vlv.data.readers.found import Content, Found, Reader, Split, files_hash, shuffled
+from vlv.data.readers.img2dataset import FilesReader, failures, is_files_layout, is_table
+from vlv.data.shards import MANIFEST
 from vlv.data.writer import WRITTEN
-from vlv.io import files
+from vlv.io import files, images
 
 ENDINGS = (".tar", ".tar.gz", ".tgz")
 _TEXTS = ("txt", "caption")
 _LARGEST = 1 << 30  # bytes of a member that is read; a header can claim any size
-# What tarfile raises on damage, some of it from the middle of a number that it does not understand.
+# What tarfile raises for a damaged tar; some errors come from a number that it cannot parse.
 _DAMAGE = (tarfile.TarError, OSError, EOFError, zlib.error, ValueError, OverflowError)
 
 
 @dataclass
 class _Members:
-    """The members of one sample: extension -> offset and size in bytes; of a compressed tar the bytes of those that
-    are used.
+    """The members of one sample.
 
-    `problem`: why there is no sample.
+    Attributes:
+        places: extension -> offset and size in bytes; in a compressed tar the bytes of the members that are used.
+        problem: why there is no sample.
     """
 
     key: str
@@ -37,24 +39,42 @@ class _Members:
     problem: str | None = None
 
 
-class TarReader:
-    """All tars below `root` (or one tar), in an order shuffled by `seed`; a part is a tar.
+def recognises(format: str, source: Path, inside: frozenset[str]) -> bool:
+    """shards: one of our data folders. img2dataset: tars, or its "files" layout."""
+    if format == "shards":
+        return (source / MANIFEST).exists() and (source / "train").is_dir()
+    if source.is_file():
+        return source.name.lower().endswith(ENDINGS)
+    return not inside.isdisjoint(ENDINGS) or is_files_layout(source)
 
-    Only headers are read here; a sample's bytes are read by `Found.load`, or at once where the tar is compressed. After
-    a tar's samples come the rows that img2dataset's parquet file beside it lists as failed. `ours`: the tars are shards
-    of a data folder.
+
+def open_reader(format: str, source: Path, scratch: Path, options: ReadOptions) -> Reader:
+    """The reader of shards, of tars, or of the "files" layout."""
+    if format == "shards" or source.is_file() or any(_tars(source)):
+        return TarReader(source, options.seed, options.rule, ours=format == "shards")
+    return FilesReader(source, scratch, options.seed, options.rule)
+
+
+def _tars(folder: Path) -> Iterator[Path]:
+    return (path for ending in ENDINGS for path in folder.rglob(f"*{ending}") if path.is_file())
+
+
+class TarReader:
+    """All tars below `root` (or one tar), in an order that is shuffled by `seed`. A part is a tar.
+
+    `read` reads only headers; `Found.load` reads the bytes of a sample. (In a compressed tar `read` reads them too.)
+    After the samples of a tar come the rows that img2dataset's parquet file beside it lists as failed. `ours`: the tars
+    are shards of a data folder.
     """
 
     def __init__(self, root: Path, seed: int, rule: Rule, *, ours: bool = False) -> None:
         self.format = "shards" if ours else "img2dataset"
         self._root = root if root.is_dir() else root.parent
         self._seed, self._rule, self._ours = seed, rule, ours
-        inside = (path for ending in ENDINGS for path in root.rglob(f"*{ending}"))
-        found = [path for path in inside if path.is_file()] if root.is_dir() else [root]
-        self._tars = shuffled(found, self._root, seed)
+        self._tars = shuffled(_tars(root) if root.is_dir() else [root], self._root, seed)
 
     def total(self) -> int:
-        """By img2dataset's `_stats.json`; a tar without is taken to be as the others, or counted."""
+        """From img2dataset's `_stats.json`. A tar without it counts as the average; if none has it, one is counted."""
         counts = [self._stated(tar) for tar in self._tars]
         known = [count for count in counts if count is not None]
         if not known:
@@ -74,8 +94,8 @@ class TarReader:
         except _DAMAGE:
             return 0  # `read` names the damage
 
-    def fingerprint(self) -> str:
-        return stamp(self._tars)
+    def files_hash(self) -> str:
+        return files_hash(self._tars)
 
     def read(self, part: int = 0, skip: int = 0) -> Iterator[Found]:
         for number, tar in enumerate(self._tars[part:], part):
@@ -92,7 +112,7 @@ class TarReader:
                 place = f"{name}/{members.key}"
                 if members.problem is not None:
                     yield Found(number, index, place, None, "unreadable", members.problem)
-                elif not any(f".{end}" in IMAGES for end in members.places):
+                elif not any(_is_image(end) for end in members.places):
                     yield Found(number, index, place, None, "image_missing", _no_image(members))
                 else:
                     yield Found(number, index, place, functools.partial(self._load, tar, members, place))
@@ -107,7 +127,7 @@ class TarReader:
                 yield Found(number, index + offset, url, None, reason, message)
 
     def _load(self, tar: Path, members: _Members, place: str) -> Content:
-        chosen = [end for end in members.places if f".{end}" in IMAGES]
+        chosen = [end for end in members.places if _is_image(end)]
         if len(chosen) != 1:
             raise ValueError(f"{len(chosen)} images instead of one (members: {', '.join(sorted(members.places))})")
         wanted = [chosen[0], *(end for end in (*_TEXTS, "json") if end in members.places)]
@@ -165,10 +185,10 @@ def _is_compressed(tar: Path) -> bool:
 
 
 def _samples(tar: Path) -> Iterator[_Members]:
-    """Runs of members with the same key; the key is a name up to its first dot, as webdataset has it.
+    """Runs of members with the same key. The key is a name up to its first dot, as in webdataset.
 
     Raises:
-        One of `_DAMAGE`, where what follows cannot be found; a member that can be passed over is a problem of its own.
+        One of `_DAMAGE`: the next member cannot be found. A bad member that can be skipped is a sample with a problem.
     """
     current: _Members | None = None
     compressed = _is_compressed(tar)
@@ -202,12 +222,16 @@ def _samples(tar: Path) -> Iterator[_Members]:
         yield current
 
 
+def _is_image(extension: str) -> bool:
+    return f".{extension}" in images.SUFFIXES
+
+
 def _is_wanted(extension: str) -> bool:
-    return f".{extension}" in IMAGES or extension in (*_TEXTS, "json")
+    return _is_image(extension) or extension in (*_TEXTS, "json")
 
 
 def _members(archive: tarfile.TarFile, stream: BufferedIOBase) -> Iterator[tuple[int, tarfile.TarInfo | str]]:
-    """Each member with the place of its header; a text where one cannot be understood but the next can be found.
+    """Each member with the place of its header. A bad member is a text, if the next member can be found.
 
     Raises:
         One of `_DAMAGE`.
@@ -222,7 +246,7 @@ def _members(archive: tarfile.TarFile, stream: BufferedIOBase) -> Iterator[tuple
             found = str(error)
             if archive.offset <= reached:  # type: ignore[attr-defined]
                 raise
-        archive.members = []  # type: ignore[attr-defined]  # or tarfile keeps every header
+        archive.members = []  # type: ignore[attr-defined]  # otherwise tarfile keeps every header
         if found is None:
             break
         yield begin, found
@@ -230,7 +254,7 @@ def _members(archive: tarfile.TarFile, stream: BufferedIOBase) -> Iterator[tuple
             raise tarfile.ReadError(f"the member at byte {begin} has a negative size")
         reached = archive.offset  # type: ignore[attr-defined]
     stream.seek(begin)
-    if stream.read(tarfile.BLOCKSIZE).strip(b"\0"):  # tarfile takes a header that is none for the end
+    if stream.read(tarfile.BLOCKSIZE).strip(b"\0"):  # tarfile takes a bad header for the end
         raise tarfile.ReadError(f"no member begins at byte {begin}")
 
 

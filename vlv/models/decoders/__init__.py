@@ -1,1 +1,1 @@
-"""The frozen text-to-image decoders behind one small interface (`base.Decoder`)."""
+"""The frozen text-to-image decoders: one module for each kind, behind the interface in `base`."""

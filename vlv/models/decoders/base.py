@@ -1,14 +1,19 @@
-"""The frozen text-to-image decoder: the small interface that all kinds share.
+"""The frozen text-to-image decoder: the interface that all kinds share.
 
-`condition` turns caption embeddings into what the denoiser is conditioned on, `loss` asks the denoiser for one
-image's noise given that context, `sample` draws. What it is trained to predict, its noise schedule and the scale
-of its latents are read from the pretrained configurations; nothing is typed twice.
+A decoder is a latent diffusion model of three parts. The conditioner turns caption embeddings or prompts into a
+context, the VAE turns images into latents and back, and the denoiser predicts noise from noisy latents and the
+context. What the denoiser predicts, the noise schedule and the scale of the latents are read from the pretrained
+configurations.
+
+A new kind is one module with the two functions of `vlv.models.build.Kind`, and one profile that names it
+(docs/decoders.md).
 """
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from typing import Any, Generic
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar, final
 
 import torch
 import torch.nn.functional as F
@@ -19,18 +24,91 @@ from diffusers import (
     FlowMatchEulerDiscreteScheduler,
     UNet2DConditionModel,
 )
-from diffusers.models.attention_processor import AttnProcessor
+from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
 from torch import nn
 
-from vlv import rng as draws
+from vlv import rng
 from vlv.config import Timesteps
 from vlv.io import images
-from vlv.models.conditioners.base import C, Conditioner, Context
-from vlv.models.decoders.timesteps import draw_timesteps
+
+
+@final
+@dataclass(frozen=True)
+class Context:
+    """What SDXL and SD 3 denoisers are conditioned on, for B images. The methods are a tensor's of the same names.
+
+    Attributes:
+        states: (B, T, C) states of both CLIP encoders, side by side.
+        pooled: (B, P), the summary of the whole text.
+        t5: (B, U, D) states of the T5 encoder, where it takes part.
+    """
+
+    states: torch.Tensor
+    pooled: torch.Tensor
+    t5: torch.Tensor | None = None
+
+    @property
+    def device(self) -> torch.device:
+        return self.states.device
+
+    def float(self) -> "Context":
+        return self.each(lambda x: x.float())
+
+    def repeat_interleave(self, repeats: int, dim: int) -> "Context":
+        return self.each(lambda x: x.repeat_interleave(repeats, dim))
+
+    def each(self, change: Callable[[torch.Tensor], torch.Tensor]) -> "Context":
+        """The same change to all its tensors."""
+        return Context(change(self.states), change(self.pooled), None if self.t5 is None else change(self.t5))
+
+    def followed_by(self, other: "Context") -> "Context":
+        """Both batches in one; other's tensors have the same lengths and widths."""
+        t5 = None if self.t5 is None or other.t5 is None else torch.cat([self.t5, other.t5])
+        return Context(torch.cat([self.states, other.states]), torch.cat([self.pooled, other.pooled]), t5)
+
+
+C = TypeVar("C", torch.Tensor, Context)
+
+
+class Conditioner(nn.Module, ABC, Generic[C]):
+    """The text side of a decoder; C is what its denoiser takes as context.
+
+    It is a module of its own because the captioner needs it without the VAE and the denoiser.
+
+    Attributes:
+        use_text_encoder: whether caption embeddings pass the text encoders on their way to the context.
+    """
+
+    use_text_encoder: bool
+
+    @property
+    @abstractmethod
+    def width(self) -> int:
+        """Width of the caption embeddings and of their states."""
+
+    @abstractmethod
+    def states(self, embeddings: torch.Tensor) -> torch.Tensor:
+        """Caption embeddings (B, Q, W) -> their states (B, Q, W), one for each query: what Stage 2 reads."""
+
+    @abstractmethod
+    def condition(self, embeddings: torch.Tensor) -> C:
+        """Caption embeddings (B, Q, W) -> the denoiser's context."""
+
+    @abstractmethod
+    def embed_text(self, prompts: Sequence[str]) -> C:
+        """Prompts -> the denoiser's context, as the stock pipeline makes it.
+
+        Raises:
+            ValueError: built from an architecture without tokenizers.
+        """
 
 
 class Decoder(nn.Module, ABC, Generic[C]):
-    """VAE, text side and noise schedule of a latent diffusion model; a kind adds its denoiser.
+    """VAE, conditioner and noise schedule of a latent diffusion model; a kind adds its denoiser.
+
+    Gradient checkpointing and FSDP work on whole blocks. The models of transformers and diffusers name the classes of
+    their blocks in `_no_split_modules`; a kind with a denoiser of its own names its classes in an attribute of the
+    same name (a list of strings).
 
     Args:
         image_size: side of the square images it draws, pixels.
@@ -55,10 +133,23 @@ class Decoder(nn.Module, ABC, Generic[C]):
         latent = image_size // self._downscale
         self.latent_shape = (int(vae.config.latent_channels), latent, latent)
 
+    @property
+    @abstractmethod
+    def denoiser(self) -> nn.Module:
+        """The network that `denoise` calls."""
+
+    def use_fused_attention(self, fused: bool) -> None:
+        """Compute the attention of a UNet in one fused kernel, or as plain matrix products.
+
+        Other denoisers of diffusers always use the fused kernel.
+        """
+        if isinstance(self.denoiser, UNet2DConditionModel):
+            self.denoiser.set_attn_processor(AttnProcessor2_0() if fused else AttnProcessor())
+
     # -- text side -------------------------------------------------------------------------------------
 
     def condition(self, embeddings: torch.Tensor) -> C:
-        """Caption embeddings (B, Q, W) -> context: see the kind's conditioner."""
+        """Caption embeddings (B, Q, W) -> context, by the conditioner."""
         return self.conditioner.condition(embeddings)
 
     def embed_text(self, prompts: Sequence[str]) -> C:
@@ -78,12 +169,12 @@ class Decoder(nn.Module, ABC, Generic[C]):
 
     @abstractmethod
     def empty_context(self, context: C) -> C:
-        """What guidance leads away from: the context without a text, in the shape of `context`."""
+        """The context without a text, in the shape of `context`: what guidance leads away from."""
 
     # -- image side ------------------------------------------------------------------------------------
 
     def encode(self, batch: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Images (B, 3, H, W) uint8 -> mean and spread of the scaled latents, each (B, c, h, w)."""
+        """Images (B, 3, H, W) uint8 -> mean and std of the scaled latents, each (B, c, h, w)."""
         pixels = F.pixel_unshuffle(images.to_model(batch.to(self.vae.device)), self._patch)
         posterior = self.vae.encode(pixels).latent_dist
         shift, scale = self._latent_scale()
@@ -116,14 +207,18 @@ class Decoder(nn.Module, ABC, Generic[C]):
     ) -> torch.Tensor:
         """Denoising loss of each sample (B,): latents (B, c, h, w) and their context.
 
-        Noise, timestep and target are the pretrained schedule's; the average over channels and pixels is in
+        Noise, timesteps and target follow the pretrained schedule. The mean over channels and pixels is computed in
         float32.
+
+        Args:
+            kind: "mse" or "l1".
+            same_noise: one noise tensor for the whole batch.
         """
         t = draw_timesteps(timesteps, len(latents), self.scheduler.config.num_train_timesteps, generator)
         noise = (
             torch.randn(latents.shape[1:], generator=generator, device=generator.device)
             if same_noise
-            else draws.normal(latents.shape, generator)
+            else rng.normal(latents.shape, generator)
         )
         noise = noise.to(latents).expand_as(latents)
         noisy, target, t = self.add_noise(latents, noise, t.to(latents.device))
@@ -134,9 +229,10 @@ class Decoder(nn.Module, ABC, Generic[C]):
     def add_noise(
         self, latents: torch.Tensor, noise: torch.Tensor, t: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Noisy latents, the prediction's target, and the timesteps as the denoiser is told them, for t (B,).
+        """Noisy latents, the target of the prediction, and the timesteps that the denoiser gets, for t (B,).
 
-        Here diffusion's: the target is the noise or the velocity (Ho et al. 2020, Salimans and Ho 2022).
+        The default is diffusion: the target is the noise (Ho et al. 2020, arXiv 2006.11239) or the velocity (Salimans
+        and Ho 2022, arXiv 2202.00512).
         """
         noisy = self.scheduler.add_noise(latents, noise, t)
         match self.scheduler.config.prediction_type:
@@ -145,14 +241,14 @@ class Decoder(nn.Module, ABC, Generic[C]):
             case "v_prediction":
                 return noisy, self.scheduler.get_velocity(latents, noise, t), t
             case other:
-                raise ValueError(f"the scheduler's prediction_type {other!r} is not one this decoder can train")
+                raise ValueError(f"prediction_type {other!r} of the scheduler is neither epsilon nor v_prediction")
 
     @torch.no_grad()
     def sample(self, context: C, seeds: Sequence[int], steps: int, guidance: float) -> torch.Tensor:
         """Draw one image for each context of a batch -> (B, 3, H, W) uint8.
 
-        With classifier-free guidance against the empty context (none at guidance 1). Every image has a seed of
-        its own, so that it does not depend on the batch it was drawn in.
+        Classifier-free guidance leads away from the empty context (Ho and Salimans 2022, arXiv 2207.12598); at
+        guidance 1 there is none. Each image has its own seed, so it does not depend on the rest of its batch.
         """
         sampler = self.sampler()
         sampler.set_timesteps(steps, device=context.device)
@@ -171,7 +267,7 @@ class Decoder(nn.Module, ABC, Generic[C]):
         return self.decode(latents)
 
     def sampler(self) -> Any:
-        """A new sampler of the pretrained schedule; here DPM-Solver++."""
+        """A new sampler of the pretrained schedule. The default is DPM-Solver++."""
         return DPMSolverMultistepScheduler.from_config(
             self.scheduler.config, timestep_spacing="trailing", trust_remote_code=False
         )
@@ -183,7 +279,39 @@ def _together(first: C, second: C) -> C:
     return torch.cat([first, second])
 
 
-def plain_attention(unet: UNet2DConditionModel) -> None:
-    """On a CPU, take plain products: the flash kernel's backward for small heads costs more."""
-    if not torch.cuda.is_available():
-        unet.set_attn_processor(AttnProcessor())
+def fit(states: torch.Tensor, length: int) -> torch.Tensor:
+    """Cut states (B, T, C) to `length`, or repeat their last one up to it."""
+    if states.shape[1] < length:
+        states = torch.cat([states, states[:, -1:].expand(-1, length - states.shape[1], -1)], 1)
+    return states[:, :length]
+
+
+def draw_timesteps(settings: Timesteps, count: int, total: int, generator: torch.Generator) -> torch.Tensor:
+    """Timesteps (count,) int64 in [0, total) on the generator's device; the higher, the noisier.
+
+    uniform: independent; stratified: one from each of as many equal slices of [0, total) as the batch has samples
+    (over all processes and micro-batches), in random order; logit_normal: `total` times the sigmoid of a standard
+    normal (Esser et al. 2024, arXiv 2403.03206); fixed: always the same. A share `high_noise_share` of them is drawn
+    anew from [high_noise_from, total).
+    """
+    return rng.rows(count, generator, lambda n: _timesteps(settings, n, total, generator))
+
+
+def _timesteps(settings: Timesteps, count: int, total: int, generator: torch.Generator) -> torch.Tensor:
+    device = generator.device
+    if settings.mode == "fixed":
+        return torch.full((count,), settings.fixed, device=device)
+    if settings.mode == "stratified":
+        order = torch.randperm(count, generator=generator, device=device)
+        offset = torch.rand(count, generator=generator, device=device)
+        t = ((order + offset) * total / count).long().clamp(max=total - 1)
+    elif settings.mode == "logit_normal":
+        share = torch.randn(count, generator=generator, device=device).sigmoid()
+        t = (share * total).long().clamp(max=total - 1)
+    else:
+        t = torch.randint(total, (count,), generator=generator, device=device)
+    if settings.high_noise_share:
+        high = torch.randint(settings.high_noise_from, total, (count,), generator=generator, device=device)
+        chosen = torch.rand(count, generator=generator, device=device) < settings.high_noise_share
+        t = torch.where(chosen, high, t)
+    return t

@@ -1,17 +1,103 @@
-"""Stable Diffusion 3 and 3.5: a multimodal diffusion transformer (MMDiT) that learned rectified flow."""
+"""Stable Diffusion 3 and 3.5: two CLIP text encoders and perhaps T5, and a transformer (MMDiT) that predicts a flow."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel
+from pydantic import Field
+from torch import nn
+from transformers import CLIPTextModelWithProjection, PreTrainedTokenizerBase, T5Config, T5EncoderModel
 
 from vlv import config
-from vlv.models import loading
-from vlv.models.conditioners.base import Context, fit
-from vlv.models.conditioners.sd3 import T5_TOKENS, SD3Conditioner
-from vlv.models.decoders.base import Decoder
+from vlv.config import Section
+from vlv.models.build import diffusers_part, noise_schedule, options, text_encoder, tokenizer_if_any
+from vlv.models.decoders.base import Conditioner, Context, Decoder, fit
+from vlv.models.decoders.clip import ClipReader, build_reader, tokenize
+
+T5_TOKENS = 256  # length of T5's part, also where it is absent: StableDiffusion3Pipeline's max_sequence_length
+
+
+class Options(Section):
+    """What only this kind can be told: `decoder.options` of the configuration."""
+
+    use_t5: bool = Field(default=False, description="whether the T5 encoder takes part; the model can do without it")
+
+
+class T5Reader(nn.Module):
+    """The T5 encoder and its tokenizer. It has relative positions and sees in both directions."""
+
+    def __init__(self, model: T5EncoderModel, tokenizer: PreTrainedTokenizerBase | None) -> None:
+        super().__init__()
+        self.model, self.tokenizer = model, tokenizer
+
+    @property
+    def width(self) -> int:
+        return int(self.model.config.d_model)
+
+    def states(self, embeddings: torch.Tensor) -> torch.Tensor:
+        """Input embeddings (B, Q, D) -> final states (B, Q, D)."""
+        states: torch.Tensor = self.model(inputs_embeds=embeddings).last_hidden_state
+        return states
+
+    def read(self, prompts: Sequence[str]) -> torch.Tensor:
+        """Prompts -> final states (B, T5_TOKENS, D); padding is read like text, as the stock pipeline does."""
+        ids = tokenize(self.tokenizer, prompts, T5_TOKENS)
+        states: torch.Tensor = self.model(input_ids=ids.to(self.model.device)).last_hidden_state
+        return states
+
+
+class SD3Conditioner(Conditioner[Context]):
+    """Caption embeddings as wide as the encoders' inputs together; each part passes its own encoder.
+
+    Args:
+        first: CLIP ViT-L's text encoder; second: OpenCLIP ViT-bigG's; both with their projections.
+        t5: None: T5 takes no part, and the decoder puts zeros in its place.
+        use_text_encoder: off: the embeddings stand for the CLIP states before the last layers and T5's final ones.
+    """
+
+    def __init__(self, first: ClipReader, second: ClipReader, t5: T5Reader | None, *, use_text_encoder: bool) -> None:
+        super().__init__()
+        self.first, self.second, self.t5 = first, second, t5
+        self.use_text_encoder = use_text_encoder
+
+    @property
+    def t5_width(self) -> int:
+        """Width of T5's part; 0 where it takes none."""
+        return 0 if self.t5 is None else self.t5.width
+
+    @property
+    def _widths(self) -> list[int]:
+        return [self.first.width, self.second.width, self.t5_width]
+
+    @property
+    def width(self) -> int:
+        return sum(self._widths)
+
+    def states(self, embeddings: torch.Tensor) -> torch.Tensor:
+        """Caption embeddings (B, Q, W) -> all encoders' states side by side (B, Q, W)."""
+        if not self.use_text_encoder:
+            return embeddings
+        first, second, third = embeddings.split(self._widths, -1)
+        clips = [self.first.states(first), self.second.states(second)]
+        return torch.cat(clips if self.t5 is None else [*clips, self.t5.states(third)], -1)
+
+    def condition(self, embeddings: torch.Tensor) -> Context:
+        """Caption embeddings (B, Q, W) -> CLIP states, both CLIP summaries side by side (B, P), and T5's states.
+
+        The summaries are taken from the states, so that they exist with `use_text_encoder` off as well.
+        """
+        first, second, third = self.states(embeddings).split(self._widths, -1)
+        pooled = torch.cat([self.first.pooled(first), self.second.pooled(second)], -1)
+        return Context(torch.cat([first, second], -1), pooled, None if self.t5 is None else third)
+
+    def embed_text(self, prompts: Sequence[str]) -> Context:
+        """Prompts -> context of the encoders' full lengths, as StableDiffusion3Pipeline has it."""
+        (first, first_pooled), (second, second_pooled) = self.first.read(prompts), self.second.read(prompts)
+        pooled = torch.cat([first_pooled, second_pooled], -1)
+        return Context(torch.cat([first, second], -1), pooled, None if self.t5 is None else self.t5.read(prompts))
 
 
 class SD3Decoder(Decoder[Context]):
@@ -49,7 +135,12 @@ class SD3Decoder(Decoder[Context]):
                 f"{multiple * config.pos_embed_max_size}"
             )
         if self.scheduler.config.use_dynamic_shifting:
-            raise ValueError("a scheduler with use_dynamic_shifting is not one this decoder knows")
+            raise ValueError("this decoder does not support a scheduler with use_dynamic_shifting")
+
+    @property
+    def denoiser(self) -> SD3Transformer2DModel:
+        """The transformer."""
+        return self.transformer
 
     def denoise(self, noisy: torch.Tensor, timesteps: torch.Tensor, context: Context) -> torch.Tensor:
         """The transformer's prediction (B, c, h, w) for noisy latents at `timesteps` (B,) or ()."""
@@ -73,14 +164,14 @@ class SD3Decoder(Decoder[Context]):
     def add_noise(
         self, latents: torch.Tensor, noise: torch.Tensor, t: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Points on the straight way from latents to noise, its direction, and the timesteps of t (B,).
+        """Points on the straight line from latents to noise, the line's direction, and the timesteps for t (B,).
 
-        t counts the schedule's entries before its shift; diffusers lists them from the noisiest on.
+        t counts the entries of the schedule before its shift. diffusers lists them with the noisiest first.
         """
         entry = self.scheduler.config.num_train_timesteps - 1 - t
         sigma = self.scheduler.sigmas.to(latents)[entry].view(-1, 1, 1, 1)
-        told = self.scheduler.timesteps.to(latents)[entry]
-        return sigma * noise + (1.0 - sigma) * latents, noise - latents, told
+        timesteps = self.scheduler.timesteps.to(latents)[entry]
+        return sigma * noise + (1.0 - sigma) * latents, noise - latents, timesteps
 
     def empty_context(self, context: Context) -> Context:
         """The empty prompt's context, each part cut or repeated at its end to the context's length."""
@@ -97,9 +188,20 @@ class SD3Decoder(Decoder[Context]):
         return FlowMatchEulerDiscreteScheduler.from_config(self.scheduler.config, trust_remote_code=False)
 
 
+def build_conditioner(section: config.Decoder, folder: Path) -> SD3Conditioner:
+    """The text side in a diffusers folder."""
+    first = build_reader(CLIPTextModelWithProjection, folder, "", section.weights)
+    second = build_reader(CLIPTextModelWithProjection, folder, "_2", section.weights)
+    t5 = None
+    if options(section, Options).use_t5:
+        model = text_encoder(T5EncoderModel, T5Config, folder, "text_encoder_3", section.weights)
+        t5 = T5Reader(model, tokenizer_if_any(folder / "tokenizer_3"))
+    return SD3Conditioner(first, second, t5, use_text_encoder=section.use_text_encoder)
+
+
 def build(section: config.Decoder, folder: Path, conditioner: SD3Conditioner) -> SD3Decoder:
     """The decoder in a diffusers folder."""
-    vae = loading.diffusers_part(AutoencoderKL, folder, "vae", section.weights)
-    transformer = loading.diffusers_part(SD3Transformer2DModel, folder, "transformer", section.weights)
-    schedule = loading.schedule(FlowMatchEulerDiscreteScheduler, folder)
+    vae = diffusers_part(AutoencoderKL, folder, "vae", section.weights)
+    transformer = diffusers_part(SD3Transformer2DModel, folder, "transformer", section.weights)
+    schedule = noise_schedule(FlowMatchEulerDiscreteScheduler, folder)
     return SD3Decoder(vae, transformer, conditioner, schedule, image_size=section.image_size)

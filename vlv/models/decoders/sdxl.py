@@ -1,16 +1,58 @@
-"""Stable Diffusion XL: a UNet that also takes a pooled text vector and the sizes of its picture."""
+"""Stable Diffusion XL: two CLIP text encoders, and a UNet that also takes a summary of the text and image sizes."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, DDPMScheduler, DPMSolverMultistepScheduler, UNet2DConditionModel
+from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
 from vlv import config
-from vlv.models import loading
-from vlv.models.conditioners.base import Context
-from vlv.models.conditioners.sdxl import SDXLConditioner
-from vlv.models.decoders.base import Decoder, plain_attention
+from vlv.config import Section
+from vlv.models.build import diffusers_part, noise_schedule, options
+from vlv.models.decoders.base import Conditioner, Context, Decoder
+from vlv.models.decoders.clip import ClipReader, build_reader
+
+
+class SDXLConditioner(Conditioner[Context]):
+    """Caption embeddings as wide as both encoders' inputs together; each part passes its own encoder.
+
+    Args:
+        first: CLIP ViT-L's text encoder; second: OpenCLIP ViT-bigG's, with its projection.
+        use_text_encoder: off: the embeddings stand for the states before the last layers.
+    """
+
+    def __init__(self, first: ClipReader, second: ClipReader, *, use_text_encoder: bool) -> None:
+        super().__init__()
+        self.first, self.second = first, second
+        self.use_text_encoder = use_text_encoder
+
+    @property
+    def width(self) -> int:
+        return self.first.width + self.second.width
+
+    def states(self, embeddings: torch.Tensor) -> torch.Tensor:
+        """Caption embeddings (B, Q, W) -> both encoders' states before their last layers, side by side (B, Q, W)."""
+        if not self.use_text_encoder:
+            return embeddings
+        first, second = embeddings.split([self.first.width, self.second.width], -1)
+        return torch.cat([self.first.states(first), self.second.states(second)], -1)
+
+    def condition(self, embeddings: torch.Tensor) -> Context:
+        """Caption embeddings (B, Q, W) -> states (B, Q, W) and the second encoder's summary (B, P) of its part.
+
+        The summary is taken from the states, so that it exists (and is one the denoiser knows) with
+        `use_text_encoder` off as well.
+        """
+        states = self.states(embeddings)
+        return Context(states, self.second.pooled(states[..., self.first.width :]))
+
+    def embed_text(self, prompts: Sequence[str]) -> Context:
+        """Prompts -> context of the encoders' full length, as StableDiffusionXLPipeline has it."""
+        first, _ = self.first.read(prompts)
+        second, pooled = self.second.read(prompts)
+        return Context(torch.cat([first, second], -1), pooled)
 
 
 class SDXLDecoder(Decoder[Context]):
@@ -36,11 +78,17 @@ class SDXLDecoder(Decoder[Context]):
         self.expect_width(unet.config.cross_attention_dim)
         if unet.config.addition_embed_type != "text_time":
             raise ValueError("the UNet takes no pooled text vector and sizes (addition_embed_type is not text_time)")
-        # Original height and width, top and left of the crop, target height and width. Training pictures are
-        # whole squares of this size and so are the drawn ones: what the stock pipeline says by default.
+        # Original height and width, top and left of the crop, target height and width. Images in training and in
+        # sampling are whole squares of this size, which is also what the stock pipeline says by default.
         sizes = [image_size, image_size, 0, 0, image_size, image_size]
         self.register_buffer("sizes", torch.tensor([sizes], dtype=torch.float32), persistent=False)
-        plain_attention(unet)
+        if not torch.cuda.is_available():
+            self.use_fused_attention(False)  # on a CPU its backward pass costs more where heads are small
+
+    @property
+    def denoiser(self) -> UNet2DConditionModel:
+        """The UNet."""
+        return self.unet
 
     def denoise(self, noisy: torch.Tensor, timesteps: torch.Tensor, context: Context) -> torch.Tensor:
         """The UNet's prediction (B, c, h, w) for noisy latents at `timesteps` (B,) or ()."""
@@ -53,15 +101,23 @@ class SDXLDecoder(Decoder[Context]):
         return context.each(torch.zeros_like)
 
     def sampler(self) -> Any:
-        """DPM-Solver++ as diffusers advises for SDXL, where the plain one is unstable at its last steps."""
+        """DPM-Solver++ as diffusers advises for SDXL: without these options its last steps are unstable."""
         return DPMSolverMultistepScheduler.from_config(
             self.scheduler.config, use_karras_sigmas=True, euler_at_final=True, trust_remote_code=False
         )
 
 
+def build_conditioner(section: config.Decoder, folder: Path) -> SDXLConditioner:
+    """The text side in a diffusers folder."""
+    options(section, Section)
+    first = build_reader(CLIPTextModel, folder, "", section.weights)
+    second = build_reader(CLIPTextModelWithProjection, folder, "_2", section.weights)
+    return SDXLConditioner(first, second, use_text_encoder=section.use_text_encoder)
+
+
 def build(section: config.Decoder, folder: Path, conditioner: SDXLConditioner) -> SDXLDecoder:
     """The decoder in a diffusers folder."""
-    vae = loading.diffusers_part(AutoencoderKL, folder, "vae", section.weights)
-    unet = loading.diffusers_part(UNet2DConditionModel, folder, "unet", section.weights)
-    schedule = loading.schedule(DDPMScheduler, folder)
+    vae = diffusers_part(AutoencoderKL, folder, "vae", section.weights)
+    unet = diffusers_part(UNet2DConditionModel, folder, "unet", section.weights)
+    schedule = noise_schedule(DDPMScheduler, folder)
     return SDXLDecoder(vae, unet, conditioner, schedule, image_size=section.image_size)

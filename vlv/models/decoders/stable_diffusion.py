@@ -1,16 +1,66 @@
-"""Stable Diffusion 1.x and 2.x: a UNet that attends to the context."""
+"""Stable Diffusion 1.x and 2.x: one CLIP text encoder, and a UNet that attends to its final states."""
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
+from transformers import CLIPTextConfig, CLIPTextModel, PreTrainedTokenizerBase
 
 from vlv import config
-from vlv.models import loading
-from vlv.models.conditioners.base import fit
-from vlv.models.conditioners.stable_diffusion import TextConditioner
-from vlv.models.decoders.base import Decoder, plain_attention
+from vlv.config import Section
+from vlv.models.build import diffusers_part, noise_schedule, options, text_encoder, tokenizer_if_any
+from vlv.models.decoders import clip
+from vlv.models.decoders.base import Conditioner, Decoder, fit
+
+
+class TextConditioner(Conditioner[torch.Tensor]):
+    """The frozen CLIP text encoder and its tokenizer.
+
+    Args:
+        use_text_encoder: whether caption embeddings pass the text encoder on their way to the context.
+    """
+
+    def __init__(
+        self, text_encoder: CLIPTextModel, tokenizer: PreTrainedTokenizerBase | None, *, use_text_encoder: bool
+    ) -> None:
+        super().__init__()
+        self.text_encoder, self.tokenizer = text_encoder, tokenizer
+        self.use_text_encoder = use_text_encoder
+
+    @property
+    def width(self) -> int:
+        """Width of the caption embeddings and of the context: Stable Diffusion 1.x and 2.x have them equal."""
+        return int(self.text_encoder.config.hidden_size)
+
+    def condition(self, embeddings: torch.Tensor) -> torch.Tensor:
+        """Caption embeddings (B, Q, W) -> context (B, Q, W).
+
+        Through the frozen text encoder as its input embeddings (positions added, causal mask, final norm;
+        arXiv 2507.07104), or unchanged where `use_text_encoder` is off.
+        """
+        return self._encode(embeddings) if self.use_text_encoder else embeddings
+
+    def states(self, embeddings: torch.Tensor) -> torch.Tensor:
+        """The context itself, (B, Q, W)."""
+        return self.condition(embeddings)
+
+    def embed_text(self, prompts: Sequence[str]) -> torch.Tensor:
+        """Prompts -> context (B, T, W), padded as the tokenizer does for this model."""
+        return self._encode(self.text_encoder.embeddings.token_embedding(self.tokenize(prompts)))
+
+    def tokenize(self, prompts: Sequence[str]) -> torch.Tensor:
+        """Prompts -> ids (B, T), padded to the text encoder's full length.
+
+        Raises:
+            ValueError: built from an architecture without a tokenizer.
+        """
+        ids = clip.tokenize(self.tokenizer, prompts, self.text_encoder.config.max_position_embeddings)
+        return ids.to(self.text_encoder.device)
+
+    def _encode(self, embeddings: torch.Tensor) -> torch.Tensor:
+        return clip.finish(self.text_encoder, clip.penultimate(self.text_encoder, embeddings))
 
 
 class StableDiffusionDecoder(Decoder[torch.Tensor]):
@@ -38,7 +88,13 @@ class StableDiffusionDecoder(Decoder[torch.Tensor]):
         self.expect_width(unet.config.cross_attention_dim)
         extra = unet.config.in_channels - unet.config.out_channels
         self.register_buffer("coordinates", coordinate_channels(self.latent_shape[-1], extra), persistent=False)
-        plain_attention(unet)
+        if not torch.cuda.is_available():
+            self.use_fused_attention(False)  # on a CPU its backward pass costs more where heads are small
+
+    @property
+    def denoiser(self) -> UNet2DConditionModel:
+        """The UNet."""
+        return self.unet
 
     def denoise(self, noisy: torch.Tensor, timesteps: torch.Tensor, context: torch.Tensor) -> torch.Tensor:
         """The UNet's prediction (B, c, h, w) for noisy latents at `timesteps` (B,) or (), context (B, T, C)."""
@@ -57,9 +113,9 @@ class StableDiffusionDecoder(Decoder[torch.Tensor]):
 def coordinate_channels(size: int, count: int) -> torch.Tensor:
     """Constant input channels (1, count, size, size) that tell a UNet where it is.
 
-    A UNet with more input than output channels gets them (as inpainting models get their mask): sine and
-    cosine of x and y at `count / 4` octaves. Small UNets place objects much sooner with them; Stable
-    Diffusion has none (count 0).
+    A UNet with more input than output channels gets them, as inpainting models get their mask: sine and cosine of
+    x and y at `count / 4` octaves. Small UNets learn much sooner with them where objects are. Stable Diffusion has
+    none (count 0).
     """
     if count % 4:
         raise ValueError(f"a UNet with {count} extra input channels is not one this decoder knows")
@@ -73,9 +129,16 @@ def coordinate_channels(size: int, count: int) -> torch.Tensor:
     return torch.cat([across, down])[None].contiguous()
 
 
+def build_conditioner(section: config.Decoder, folder: Path) -> TextConditioner:
+    """The text side in a diffusers folder."""
+    options(section, Section)
+    model = text_encoder(CLIPTextModel, CLIPTextConfig, folder, "text_encoder", section.weights)
+    return TextConditioner(model, tokenizer_if_any(folder / "tokenizer"), use_text_encoder=section.use_text_encoder)
+
+
 def build(section: config.Decoder, folder: Path, conditioner: TextConditioner) -> StableDiffusionDecoder:
     """The decoder in a diffusers folder."""
-    vae = loading.diffusers_part(AutoencoderKL, folder, "vae", section.weights)
-    unet = loading.diffusers_part(UNet2DConditionModel, folder, "unet", section.weights)
-    schedule = loading.schedule(DDPMScheduler, folder)
+    vae = diffusers_part(AutoencoderKL, folder, "vae", section.weights)
+    unet = diffusers_part(UNet2DConditionModel, folder, "unet", section.weights)
+    schedule = noise_schedule(DDPMScheduler, folder)
     return StableDiffusionDecoder(vae, unet, conditioner, schedule, image_size=section.image_size)
