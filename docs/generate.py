@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterator
 from enum import Enum
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args, get_origin
 
 import typer
 
@@ -87,6 +87,8 @@ def _kind(parameter: Any) -> str:
         return "flag"
     if isinstance(kind, type) and issubclass(kind, Enum):
         return ", ".join(f"`{one.value}`" for one in kind)
+    if get_origin(kind) is Literal:
+        return ", ".join(f"`{one}`" for one in get_args(kind))
     limits = [f"{sign} {value}" for sign, value in (("≥", parameter.min), ("≤", parameter.max)) if value is not None]
     return " ".join([_WORDS.get(kind, "text"), *limits, *(["(may be repeated)"] if parameter.multiple else [])])
 

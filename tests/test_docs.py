@@ -98,6 +98,12 @@ def test_pages_from_code_are_new() -> None:
     assert old == [], "write them with: python -m docs.generate"
 
 
+def test_every_key_and_every_option_is_described() -> None:
+    for text in generate.pages().values():
+        rows = [line for line in text.splitlines() if line.startswith("| `") and line.endswith("|  |")]
+        assert [row for row in rows if ".kind` |" not in row] == []
+
+
 def test_the_citation_is_of_this_version() -> None:
     cited = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
