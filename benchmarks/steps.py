@@ -96,10 +96,10 @@ def _bf16(on: bool = True) -> torch.autocast:
 
 def stage1(settings: Config, paths: Paths) -> list[Pair]:
     """Caches, precision, and one encoding for several draws."""
-    s = settings.stage1.model_copy(update={"draws_per_image": 2})
+    s = settings.stage1.model_copy(update={"noise_samples_per_image": 2})
     model = Autoencoder.build(settings, paths).to(saved.inference_device())
     twice = Autoencoder(model.encoder, model.decoder, s)
-    once = Autoencoder(model.encoder, model.decoder, s.model_copy(update={"draws_per_image": 1}))
+    once = Autoencoder(model.encoder, model.decoder, s.model_copy(update={"noise_samples_per_image": 1}))
     pictures = next(ShardLoader(paths.data, "train", s.batch_size // 2).batches()).images
     assert pictures is not None
     with torch.no_grad(), _bf16():

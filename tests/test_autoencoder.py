@@ -45,7 +45,7 @@ def test_after_three_steps_all_frozen_tensors_are_the_same_bits(
 
 def test_loss_and_gradient_equal_the_formula_composed_from_stock_modules(smoke: config.Config, paths: Paths) -> None:
     stage1 = smoke.stage1.model_copy(
-        update={"draws_per_image": 1, "timesteps": config.Timesteps(mode="fixed", fixed=500)}
+        update={"noise_samples_per_image": 1, "timesteps": config.Timesteps(mode="fixed", fixed=500)}
     )
     model = Autoencoder.build(smoke.model_copy(update={"stage1": stage1}), paths)
     florence, decoder = model.encoder.florence, model.decoder

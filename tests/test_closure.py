@@ -14,7 +14,7 @@ from tests.conftest import ROOT, profile
 from vlv import config
 from vlv.inputs import closure, source
 from vlv.io import files
-from vlv.stages import lineage
+from vlv.stages import inputs
 
 TRAINED = {"stage1", "stage2", "evaluate"}  # evaluate trains a control
 MODELS = TRAINED | {"register"}  # what is registered carries the code that serves it
@@ -30,7 +30,7 @@ def _codes(package: Path, kind: str = "tiny") -> dict[str, dict[str, str]]:
     """Stage -> hashes of its code, with the sources in `package`."""
     settings = profile(kind)
     sources = source.Sources(package)
-    return {stage: closure.hashes(lineage.roots(stage, settings), sources) for stage in lineage.SETTINGS}
+    return {stage: closure.hashes(inputs.roots(stage, settings), sources) for stage in inputs.SETTINGS}
 
 
 @functools.cache
@@ -103,7 +103,7 @@ def test_only_the_configured_kind_of_decoder_counts(package: Path) -> None:
     assert _changed(package, edit, "sd35") == MODELS
     for kind in ("stable_diffusion", "sdxl", "sd3"):
         section = profile("tiny").decoder.model_copy(update={"kind": kind})
-        found = closure.hashes(lineage.decoder_code(section))
+        found = closure.hashes(inputs.decoder_code(section))
         others = {"stable_diffusion", "sdxl", "sd3"} - {kind}
         assert not [name for name in found if name.rpartition(".")[2] in others]
 
@@ -129,26 +129,26 @@ def test_defaults_and_parts_are_inputs_and_cards_are_not(tmp_path: Path) -> None
     shutil.copytree(ROOT / "pretrained", tmp_path / "pretrained")
     paths = config.Paths(tmp_path)
 
-    def inputs() -> dict[str, Any]:
-        return {stage: lineage.inputs(stage, settings, paths) for stage in lineage.SETTINGS}
+    def found() -> dict[str, Any]:
+        return {stage: inputs.inputs(stage, settings, paths) for stage in inputs.SETTINGS}
 
-    before = inputs()
+    before = found()
     # A default, which no params.yaml shows.
     assert before["stage1"]["settings"]["stage1"]["same_noise"] is False
     assert "accumulation" not in before["stage1"]["settings"]["stage1"]  # how a step is computed, not what
     card = tmp_path / "pretrained/tiny/encoder/README.md"
     card.write_text(card.read_text() + "One more word.\n")
-    assert inputs() == before
+    assert found() == before
     weights = tmp_path / "pretrained/tiny/language_model/model.safetensors"
     weights.write_bytes(weights.read_bytes() + b" ")
-    after = inputs()
+    after = found()
     assert {stage for stage in before if before[stage] != after[stage]} == {"stage2", "evaluate", "validate"}
 
 
 def test_the_graph_depends_on_the_inputs_and_settings_of_the_library() -> None:
     graph: dict[str, Any] = yaml.safe_load((ROOT / "dvc.yaml").read_text(encoding="utf-8"))["stages"]
-    assert sorted(graph["inputs"]["outs"]) == sorted(f"work/inputs/{stage}.json" for stage in lineage.SETTINGS)
-    for stage, settings in lineage.SETTINGS.items():
+    assert sorted(graph["inputs"]["outs"]) == sorted(f"work/inputs/{stage}.json" for stage in inputs.SETTINGS)
+    for stage, settings in inputs.SETTINGS.items():
         assert f"work/inputs/{stage}.json" in graph[stage]["deps"]
         # A default that no params.yaml has to name is no parameter of DVC: the inputs hold it.
         assert set(settings) - set(graph[stage]["params"]) <= {"data.resize"}
@@ -163,8 +163,8 @@ def test_every_function_that_a_stage_calls_is_in_its_inputs(smoke: Path) -> None
     called_by: dict[str, list[str]] = files.read_json(smoke / "called.json")
     # The settings check themselves, what they say is an input; `reporting` tells a worker's parent of an error.
     beside = (*closure.NEUTRAL, "vlv.config", "vlv.stages:", "vlv.training.launch:reporting")
-    for stage in lineage.SETTINGS:
+    for stage in inputs.SETTINGS:
         called = {name for name in called_by[stage] if not name.startswith(beside)}
-        found = {f"{s.module}:{s.name}" for s in closure.symbols(lineage.roots(stage, profile("smoke")))}
+        found = {f"{s.module}:{s.name}" for s in closure.symbols(inputs.roots(stage, profile("smoke")))}
         assert len(called) > 10
         assert called - found == set(), stage

@@ -16,7 +16,7 @@ from tests.test_training import SETTINGS, _batches, _Regression, _stopping
 from vlv import tracking
 from vlv.config import Paths
 from vlv.io.stopping import Stopped
-from vlv.stages import lineage
+from vlv.stages import inputs
 from vlv.stages.record import Record, training_record
 from vlv.tracking import store
 from vlv.tracking.run_record import NAME, Begin, RunRecord
@@ -41,7 +41,7 @@ def _own_store(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def _train(project: Paths, stage: str, batches: Any = _batches) -> dict[str, Any]:
-    record = Record(stage, project, lineage.Origin({}, "0" * 64))
+    record = Record(stage, project, inputs.TrainingHashes({}, "0" * 64))
     with training_record(record, tiny(), SETTINGS) as on_log:
         loop.train(_Regression(), batches, SETTINGS, record.training, "same", on_log)
         record.model.mkdir(parents=True)

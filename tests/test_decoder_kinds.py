@@ -11,14 +11,14 @@ from torch import nn
 from tests.conftest import ROOT, profile
 from vlv import config
 from vlv.config import Config, ConfigError, Paths
-from vlv.config.models import DECODERS
+from vlv.config.parts import DECODERS
 from vlv.inputs import closure
 from vlv.io import files
 from vlv.models import build
 from vlv.models.autoencoder import Autoencoder, Stage1Batch
 from vlv.models.captioner import Captioner
 from vlv.models.saved import ModelFolderError
-from vlv.stages import lineage
+from vlv.stages import inputs
 from vlv.training import blocks, loop
 
 TOY = "tests.toy_decoder"
@@ -93,13 +93,13 @@ def test_its_code_is_an_input_of_the_stages_and_is_not_run_for_that(paths: Paths
     def code(path: Path, written: str) -> dict[str, str]:
         path.write_text(written, encoding="utf-8")
         closure._package.cache_clear()
-        return closure.hashes(lineage.decoder_code(settings.decoder))
+        return closure.hashes(inputs.decoder_code(settings.decoder))
 
     code(numbers, "FEW = 4\nUNUSED = 1\n")
     before = code(module, text)
     assert {"my_package.my_decoder", "my_package.numbers", "vlv.models.decoders.base"} <= before.keys()
     assert not [name for name in before if name.startswith("vlv.models.decoders.s")], "no other kind counts"
-    assert before.keys() <= lineage.inputs("stage1", settings, paths)["code"].keys()
+    assert before.keys() <= inputs.inputs("stage1", settings, paths)["code"].keys()
     assert code(module, text + "\n# A comment.\n") == before
     changed = code(module, text.replace("torch.tanh", "torch.relu"))
     assert {name for name in before if before[name] != changed[name]} == {"my_package.my_decoder"}
@@ -123,7 +123,7 @@ def test_a_module_that_is_not_there_or_is_no_kind_is_named(paths: Paths) -> None
     with pytest.raises(ConfigError, match=r"decoder\.kind: tests\.nowhere cannot be imported"):
         build.decoder(missing.decoder, paths)
     with pytest.raises(ConfigError, match=r"decoder\.kind: there is no module tests\.nowhere"):
-        lineage.inputs("stage1", missing, paths)
+        inputs.inputs("stage1", missing, paths)
     with pytest.raises(ConfigError, match=r"tests\.small_models is no kind .* does not define build_conditioner and"):
         build.decoder(_with_toy("tests.small_models").decoder, paths)
     with pytest.raises(ConfigError, match=r"decoder\.options\.width: .*The options of kind tests\.toy_decoder: width"):

@@ -14,8 +14,7 @@ from torch.overrides import TorchFunctionMode
 from transformers import Florence2Config, Florence2ForConditionalGeneration
 
 from tests.conftest import profile
-from vlv import config, dropout
-from vlv import rng as draws
+from vlv import config, rng
 from vlv.config import Paths
 from vlv.io import stopping
 from vlv.models.autoencoder import Autoencoder, Stage1Batch
@@ -58,7 +57,7 @@ def test_by_default_nothing_is_dropped_and_queries_start_at_half(paths: Paths) -
     settings = profile("smoke")
     model = Autoencoder.build(settings, paths)
     assert model.encoder.masks(torch.Generator(), 2) is None
-    assert not [part for part in model.modules() if isinstance(part, dropout.DropPath)]
+    assert not [part for part in model.modules() if isinstance(part, rng.DropPath)]
     release = Autoencoder.build(_smoke(), paths)
     assert torch.equal(release.encoder.queries, 2 * model.encoder.queries)
     # Outside a training's forward pass the options change nothing.
@@ -69,18 +68,18 @@ def test_by_default_nothing_is_dropped_and_queries_start_at_half(paths: Paths) -
 def test_a_sample_meets_the_same_masks_whoever_computes_it(model: Autoencoder) -> None:
     """In one process or in several, in one micro-batch or in several, now or after a kill."""
     encoder = model.encoder
-    whole = _embed(encoder, _pictures(), draws.PartGenerator(7))
-    again = _embed(encoder, _pictures(), draws.PartGenerator(7))
+    whole = _embed(encoder, _pictures(), rng.PartGenerator(7))
+    again = _embed(encoder, _pictures(), rng.PartGenerator(7))
     assert torch.equal(whole, again)
     for parts in (2, 3, 6):
         pieces = [
-            _embed(encoder, piece, draws.PartGenerator(7, part, parts))
+            _embed(encoder, piece, rng.PartGenerator(7, part, parts))
             for part, piece in enumerate(_pictures().chunk(parts))
         ]
         assert torch.allclose(torch.cat(pieces), whole, atol=1e-5)
-    other = _embed(encoder, _pictures(), draws.PartGenerator(8))
+    other = _embed(encoder, _pictures(), rng.PartGenerator(8))
     assert (other - whole).abs().mean() > 0.01
-    same_image = _embed(encoder, _pictures()[:1].expand(2, -1, -1, -1), draws.PartGenerator(7))
+    same_image = _embed(encoder, _pictures()[:1].expand(2, -1, -1, -1), rng.PartGenerator(7))
     assert not torch.allclose(same_image[0], same_image[1]), "each sample has masks of its own"
 
 
@@ -121,9 +120,9 @@ def test_it_drops_where_and_as_much_as_the_stock_model_in_training_mode(paths: P
         counted = _Counting()
         with counted:
             theirs(features)
-        masks = dropout.Masks(torch.Generator(), 2)
+        masks = rng.Masks(torch.Generator(), 2)
         ours(features, masks)
-        assert masks._drawn == len(counted.rates) > 10 and set(counted.rates) == {0.1}
+        assert masks._used == len(counted.rates) > 10 and set(counted.rates) == {0.1}
         many = features.repeat(64, 1, 1)
         moved = [
             ((embeddings - plain.repeat(64, 1, 1)).norm() / plain.norm() / 8).item()
@@ -149,12 +148,12 @@ def test_the_tower_drops_whole_branches_at_the_stock_rates(model: Autoencoder, p
     ours = rates(model.encoder.florence.model.vision_tower)
     assert ours == rates(stock) and ours[0] == 0.0 and ours[-1] == pytest.approx(0.1)
     branch = torch.ones(2000, 3, 5)
-    with dropout.dropping(dropout.Masks(torch.Generator(), 2000), 0.0):
-        dropped = dropout.DropPath(0.1)(branch)
+    with rng.dropping(rng.Masks(torch.Generator(), 2000), 0.0):
+        dropped = rng.DropPath(0.1)(branch)
     kept = dropped[:, 0, 0] > 0
     assert kept.float().mean().item() == pytest.approx(0.9, abs=0.02)
     assert torch.equal(dropped, kept[:, None, None].float().expand_as(branch) / (1 - 0.1))
-    assert torch.equal(dropout.DropPath(0.1)(branch), branch)
+    assert torch.equal(rng.DropPath(0.1)(branch), branch)
 
 
 @pytest.mark.parametrize("stage", ["stage1", "stage2"])
@@ -178,7 +177,7 @@ def test_recomputed_activations_meet_the_same_masks(paths: Paths, stage: str) ->
 def _train(settings: config.Config, paths: Paths, folder: Path, stop_at: int = -1) -> dict[str, torch.Tensor]:
     """Six steps of four pictures through the one loop; `stop_at`: asked to stop in this step."""
     section = settings.stage1.model_copy(
-        update={"steps": 6, "batch_size": 4, "draws_per_image": 1, "checkpoint_every": 2, "log_every": 1}
+        update={"steps": 6, "batch_size": 4, "noise_samples_per_image": 1, "checkpoint_every": 2, "log_every": 1}
     )
     model = Autoencoder.build(settings.model_copy(update={"stage1": section}), paths)
     each = 4 // section.accumulation
@@ -227,5 +226,5 @@ def test_options_that_cannot_go_together_are_refused() -> None:
     with pytest.raises(ValueError, match="cache_features"):
         _smoke(stage1={"cache_features": True})
     learn = {"learn": "mlp+llm+encoder", "queries_learn": False}
-    with pytest.raises(ValueError, match="nothing of the encoder learns"):
+    with pytest.raises(ValueError, match="trains nothing of the encoder"):
         _smoke(stage1={"learn": "queries_only"}, stage2=learn)

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from vlv import config
-from vlv.io import files
+from vlv.io import files, json_lines
 from vlv.io.files import FileError
 
 DEEP = 100_000
@@ -78,12 +78,12 @@ def test_half_a_last_line_is_cut_before_the_next_is_appended(tmp_path: Path) -> 
     path = tmp_path / "lines.jsonl"
     for torn in (b"", b'{"step": 2, "lo', b"\xff", b"x" * 200_000):
         path.write_bytes(b'{"step": 1}\n' + torn)
-        assert files.read_json_lines(path) == [{"step": 1}]
-        files.append_json_line(path, {"step": 2})
+        assert json_lines.read(path) == [{"step": 1}]
+        json_lines.append(path, {"step": 2})
         assert path.read_bytes() == b'{"step": 1}\n{"step": 2}\n'
     path.write_bytes(b'{"the first was torn')
-    files.append_json_line(path, {"step": 1})
-    assert files.read_json_lines(path) == [{"step": 1}]
+    json_lines.append(path, {"step": 1})
+    assert json_lines.read(path) == [{"step": 1}]
 
 
 def test_damaged_lines_are_passed_over_and_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -100,25 +100,25 @@ def test_damaged_lines_are_passed_over_and_said(tmp_path: Path, caplog: pytest.L
     ]
     path.write_bytes(b"\n".join(lines) + b"\n")
     with caplog.at_level(logging.WARNING):
-        assert files.read_json_lines(path, lambda row: "step" in row) == [{"step": 1}, {"step": 6}]
+        assert json_lines.read(path, lambda row: "step" in row) == [{"step": 1}, {"step": 6}]
     assert "lines.jsonl: 5 damaged lines" in caplog.text
 
 
 def test_half_a_character_comes_back(tmp_path: Path) -> None:
     """A file name that is no UTF-8 is a str with a lone surrogate; it has to be written, and be read as it was."""
     name = os.fsdecode(b"caf\xe9.jpg")
-    files.append_json_line(tmp_path / "lines.jsonl", {"image": name})
+    json_lines.append(tmp_path / "lines.jsonl", {"image": name})
     files.write_json(tmp_path / "value.json", {name: "é"})
-    assert files.read_json_lines(tmp_path / "lines.jsonl") == [{"image": name}]
+    assert json_lines.read(tmp_path / "lines.jsonl") == [{"image": name}]
     assert files.read_json(tmp_path / "value.json") == {name: "é"}
 
 
 _APPEND = """
 import sys
 from pathlib import Path
-from vlv.io import files
+from vlv.io import json_lines
 for number in range(200):
-    files.append_json_line(Path(sys.argv[1]), {"who": sys.argv[2], "number": number})
+    json_lines.append(Path(sys.argv[1]), {"who": sys.argv[2], "number": number})
 """
 
 
@@ -127,7 +127,7 @@ def test_processes_append_to_the_same_file(tmp_path: Path) -> None:
     commands = [[sys.executable, "-c", _APPEND, str(path), str(who)] for who in range(3)]
     for process in [subprocess.Popen(command) for command in commands]:
         assert process.wait(60) == 0
-    rows = files.read_json_lines(path)
+    rows = json_lines.read(path)
     assert sorted((row["who"], row["number"]) for row in rows) == [(str(w), n) for w in range(3) for n in range(200)]
 
 

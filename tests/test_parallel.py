@@ -13,9 +13,9 @@ import torch
 from tests import projects
 from tests.conftest import ROOT
 from tests.train_together import STEPS, train
-from vlv import rng as draws
+from vlv import rng
 from vlv.config import ConfigError, Timesteps
-from vlv.io import files
+from vlv.io import files, json_lines
 from vlv.models.decoders.base import draw_timesteps
 from vlv.training import distributed, launch
 
@@ -31,14 +31,14 @@ def _together(plan: str, jobs: list[dict[str, Any]]) -> None:
 
 
 def _losses(folder: Path) -> list[float]:
-    return [row["loss"] for row in files.read_json_lines(folder / "curve.jsonl")]
+    return [row["loss"] for row in json_lines.read(folder / "curve.jsonl")]
 
 
 def _samples(folder: Path) -> dict[int, set[str]]:
     """Step -> the keys that any process took for it."""
     taken: dict[int, set[str]] = defaultdict(set)
     for path in folder.glob("samples-*.jsonl"):
-        for row in files.read_json_lines(path):
+        for row in json_lines.read(path):
             taken[row["step"]] |= set(row["keys"])
     return taken
 
@@ -125,10 +125,10 @@ def test_random_numbers_do_not_depend_on_the_number_of_processes() -> None:
     stratified = Timesteps(mode="stratified", high_noise_share=0.5)
 
     def drawn(part: int, parts: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        generator = draws.PartGenerator(7, part, parts)
+        generator = rng.PartGenerator(7, part, parts)
         count = 12 // parts
-        first = draws.normal((count, 3, 5), generator)
-        return first, draw_timesteps(stratified, count, 1000, generator), draws.normal((count, 2), generator)
+        first = rng.normal((count, 3, 5), generator)
+        return first, draw_timesteps(stratified, count, 1000, generator), rng.normal((count, 2), generator)
 
     whole = drawn(0, 1)
     for parts in (2, 3, 6):

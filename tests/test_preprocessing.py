@@ -24,7 +24,7 @@ from vlv.data.import_.importer import Wanted, import_images
 from vlv.data.import_.recipe import Recipe, Shares
 from vlv.data.loader import ShardLoader
 from vlv.io import images
-from vlv.io.preprocessing import Preprocessing
+from vlv.io.images import Preprocessing
 from vlv.models import saved
 from vlv.models.autoencoder import Autoencoder
 from vlv.models.captioner import Captioner

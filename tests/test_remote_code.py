@@ -23,7 +23,7 @@ from vlv import config
 from vlv.config import Paths
 from vlv.evaluation.similarity import SentenceModel
 from vlv.models import build, language_model
-from vlv.io.preprocessing import Preprocessing
+from vlv.io.images import Preprocessing
 
 root, paths, outcomes = Path(sys.argv[1]), Paths(Path.cwd()), {}
 seen = Preprocessing(64, "bicubic", 64)

@@ -13,7 +13,7 @@ from tests import small_models
 from tests.conftest import profile
 from vlv import config
 from vlv.config import ConfigError, Paths, Timesteps, trainable
-from vlv.io.preprocessing import Preprocessing
+from vlv.io.images import Preprocessing
 from vlv.models import build
 from vlv.models.autoencoder import Autoencoder, Stage1Batch
 from vlv.models.captioner import Captioner
@@ -235,7 +235,7 @@ def test_200_steps_on_four_pictures_lower_the_loss_and_move_nothing_frozen(kind:
     section = smoke.encoder.model_copy(update={"weights": "pretrained"})
     encoder = build.encoder(section, Preprocessing(16, "bicubic", 64), model.conditioner.width, paths, None)
     encoder.set_trainable(trainable.STAGE1["queries_only"])
-    settings = smoke.stage1.model_copy(update={"timesteps": HIGH_NOISE, "draws_per_image": 1})
+    settings = smoke.stage1.model_copy(update={"timesteps": HIGH_NOISE, "noise_samples_per_image": 1})
     autoencoder = Autoencoder(encoder, model, settings)
     with torch.no_grad():
         batch = Stage1Batch(None, encoder.features(pictures), latents, torch.zeros_like(latents))

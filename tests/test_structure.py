@@ -18,7 +18,7 @@ _LEVELS = {
     3: {"api", "cli", "__main__"},
     2: {"stages", "tiny", "plan", "convert", "inference"},
     1: {"data", "models", "training", "evaluation", "registry"},
-    0: {"config", "dropout", "inputs", "io", "rng", "tracking"},
+    0: {"config", "inputs", "io", "rng", "tracking"},
 }
 _LEVEL = {name: level for level, names in _LEVELS.items() for name in names}
 # Served models run alone, in MLflow's process, as a stage does. The registry and the flows read the table of metrics.

@@ -22,7 +22,7 @@ from mlflow.entities import Run as MlflowRun
 
 from vlv import registry, tracking
 from vlv.config import Paths
-from vlv.io import files
+from vlv.io import json_lines
 from vlv.tracking import replay, run, store
 from vlv.tracking.run_record import NAME, Begin, Pending, RunRecord
 
@@ -100,7 +100,7 @@ def test_an_entry_that_mlflow_refuses_holds_up_nothing(project: Paths) -> None:
     (found,) = find(project, "refused")
     assert (found.info.status, found.data.metrics) == ("FINISHED", {"fine": 1.0})
     (kept,) = store.outbox(project).glob("*/refused.jsonl")
-    assert [row["entry"]["values"] for row in files.read_json_lines(kept) if row["op"] == "refused"] == [{"a//b": 1.0}]
+    assert [row["entry"]["values"] for row in json_lines.read(kept) if row["op"] == "refused"] == [{"a//b": 1.0}]
     assert tracking.undelivered(project) == []
 
 

@@ -14,7 +14,7 @@ from tests import image_sets
 from tests.conftest import ROOT, profile
 from vlv.cli import main as cli
 from vlv.config import Paths
-from vlv.io import files, images
+from vlv.io import images, json_lines
 from vlv.models.autoencoder import Autoencoder
 from vlv.models.captioner import Captioner
 
@@ -81,9 +81,9 @@ def test_names_round_trip_and_failures_are_told(
     (photos / os.fsdecode(b"\xff.png")).write_bytes(image_sets.photo(9))
     shutil.rmtree(photos / "folder.jpg")
     partial = tmp_path / "captions.json.partial"
-    rows = files.read_json_lines(partial)
+    rows = json_lines.read(partial)
     marked = [row | {"caption": f"kept {row['image']}"} if "image" in row else row for row in rows]
-    files.write_json_lines(partial, marked)
+    json_lines.write(partial, marked)
     (photos / "zz.jpg").write_bytes(image_sets.photo(88))
     assert _caption(photos, output, models / "stage2") == 0
     again = json.loads(output.read_text())
@@ -97,9 +97,9 @@ def test_captions_of_another_model_are_not_mixed(models: Path, tmp_path: Path) -
     (photos / "broken.jpg").write_bytes(b"")
     assert _caption(photos, output, models / "stage2") == cli.SOME_FAILED
     partial = tmp_path / "captions.json.partial"
-    before = files.read_json_lines(partial)
+    before = json_lines.read(partial)
     assert _caption(photos, output, models / "other") == cli.SOME_FAILED
-    after = files.read_json_lines(partial)
+    after = json_lines.read(partial)
     assert before[0] != after[0] and len(before) == len(after) == 4
 
 
@@ -111,7 +111,7 @@ def test_where_not_one_image_can_be_read_the_output_stays(models: Path, tmp_path
     output.write_text('{"what": "was there"}')
     assert _caption(photos, output, models / "stage2") == cli.ALL_FAILED
     assert json.loads(output.read_text()) == {"what": "was there"}
-    failures = files.read_json_lines(tmp_path / "captions.json.failures.jsonl")
+    failures = json_lines.read(tmp_path / "captions.json.failures.jsonl")
     assert len(failures) == 80 and not (tmp_path / "captions.json.partial").exists()
 
 
@@ -141,7 +141,7 @@ def test_reconstructions_of_odd_names_and_damaged_files(models: Path, tmp_path: 
     assert (output / f"{_ODD}.png").is_file() and (output / "side-by-side" / f"{_ODD}.png").is_file()
     figures = json.loads((output / "figures.json").read_bytes().decode("utf-8"))
     assert set(figures["psnr"]) == {"photo0000.jpg", _ODD} and set(figures["failed"]) == {"broken.jpg"}
-    assert [row["image"] for row in files.read_json_lines(output / "failures.jsonl")] == ["broken.jpg"]
+    assert [row["image"] for row in json_lines.read(output / "failures.jsonl")] == ["broken.jpg"]
     for path in photos.iterdir():
         path.write_bytes(b"")
     assert _vlv(*command) == cli.ALL_FAILED

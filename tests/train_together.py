@@ -13,7 +13,7 @@ import torch
 from tests.conftest import ROOT, profile
 from vlv.config import Paths
 from vlv.data.loader import ShardLoader
-from vlv.io import files
+from vlv.io import files, json_lines
 from vlv.io.stopping import Stopped
 from vlv.models import caption_tokens
 from vlv.models.autoencoder import Autoencoder, Stage1Batch
@@ -34,7 +34,7 @@ def train(stage: str, data: Path, folder: Path, *, accumulation: int = 1, stop_a
     )
     settings = smoke.model_copy(update={stage: section})
     module: Autoencoder | Captioner = (Autoencoder if stage == "stage1" else Captioner).build(settings, Paths(ROOT))
-    images = BATCH // (section.draws_per_image if stage == "stage1" else 1)
+    images = BATCH // (section.noise_samples_per_image if stage == "stage1" else 1)
     rank, world_size = distributed.rank(), distributed.world_size()
     together = distributed.micro_batch_size(section, images) * world_size
     loader = ShardLoader(data, "train", together, seed=section.seed, rank=rank, world_size=world_size)
@@ -44,7 +44,7 @@ def train(stage: str, data: Path, folder: Path, *, accumulation: int = 1, stop_a
             if step + count // accumulation == stop_at and rank == world_size - 1:
                 os.kill(os.getpid(), signal.SIGTERM)
             now = {"step": step + count // accumulation, "keys": batch.keys}
-            files.append_json_line(folder / f"samples-{rank}.jsonl", now)
+            json_lines.append(folder / f"samples-{rank}.jsonl", now)
             if isinstance(module, Autoencoder):
                 yield Stage1Batch(batch.images)
             else:
@@ -53,7 +53,7 @@ def train(stage: str, data: Path, folder: Path, *, accumulation: int = 1, stop_a
                 yield Stage2Batch(None, ids, labels, batch.images)
 
     def on_log(step: int, values: dict[str, float]) -> None:
-        files.append_json_line(folder / "curve.jsonl", {"step": step, **values})
+        json_lines.append(folder / "curve.jsonl", {"step": step, **values})
 
     try:
         loop.train(module, batches, section, folder, stage, on_log)

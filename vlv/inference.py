@@ -9,7 +9,7 @@ from typing import Any
 from vlv import config, registry
 from vlv.config import Paths
 from vlv.evaluation.metrics import psnr_of_each
-from vlv.io import files, images
+from vlv.io import files, images, json_lines
 from vlv.io.progress import meter
 from vlv.models import saved
 from vlv.models.autoencoder import Autoencoder
@@ -41,9 +41,7 @@ class Report:
     def write(self) -> None:
         """Write `failures`, or remove what an earlier run left there."""
         if self.failed:
-            files.write_json_lines(
-                self.failures, ({"image": name, "reason": reason} for name, reason in self.failed.items())
-            )
+            json_lines.write(self.failures, ({"image": name, "reason": reason} for name, reason in self.failed.items()))
         else:
             self.failures.unlink(missing_ok=True)
 
@@ -112,13 +110,13 @@ class _Captions:
 
     def __init__(self, path: Path, how: dict[str, Any], found: dict[str, Path]) -> None:
         self._path, self._found = path, found
-        rows = files.read_json_lines(path, _is_row)
+        rows = json_lines.read(path, _is_row)
         before = rows[0].get("how") if rows else None
         if before != how:
             if before is not None:
                 log.info("%s holds captions of another model; beginning anew", path)
             path.unlink(missing_ok=True)
-            files.append_json_line(path, {"how": how})
+            json_lines.append(path, {"how": how})
             rows = []
         known = {row["image"]: row for row in rows if "image" in row}
         self.done: dict[str, str] = {
@@ -130,7 +128,7 @@ class _Captions:
     def add(self, name: str, caption: str) -> None:
         """Append a caption to the file, durably."""
         row = {"image": name, "caption": caption, "file": _stamp(self._found[name])}
-        files.append_json_line(self._path, row)
+        json_lines.append(self._path, row)
         self.done[name] = caption
 
     def remove(self) -> None:

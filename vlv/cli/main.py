@@ -17,10 +17,9 @@ import typer
 from rich.console import Console
 
 from vlv import __version__, stages
-from vlv.cli import convert as cli_convert
 from vlv.cli import data as cli_data
+from vlv.cli import models as cli_models
 from vlv.cli import plan as cli_plan
-from vlv.cli import registry as cli_registry
 from vlv.config import Paths
 from vlv.io import stopping, telemetry
 
@@ -82,8 +81,8 @@ app = App(
 config_app = typer.Typer(no_args_is_help=True, help="The active configuration, params.yaml.")
 app.add_typer(config_app, name="config")
 app.add_typer(cli_data.app, name="data")
-app.add_typer(cli_convert.app, name="convert")
-for _command in (cli_plan.plan, cli_plan.rehearse, cli_registry.promote, cli_registry.rollback, cli_registry.models):
+app.add_typer(cli_models.app, name="convert")
+for _command in (cli_plan.plan, cli_plan.rehearse, cli_models.promote, cli_models.rollback, cli_models.models):
     app.command()(_command)
 
 

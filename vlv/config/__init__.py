@@ -8,12 +8,12 @@ from typing import Annotated, Any
 
 from pydantic import Field, ValidationError, model_validator
 
-from vlv.config.base import ConfigError, Precision, Section, Weights
 from vlv.config.compute import Compute, LaunchByStage
 from vlv.config.data import Data, DataGate, Encoding, ImportedSource, Resize, ScenesSource
-from vlv.config.models import Decoder, Encoder, Generation, LanguageModel
+from vlv.config.parts import Decoder, Encoder, Generation, LanguageModel
 from vlv.config.paths import Paths
 from vlv.config.results import Evaluate, Register, Tracking
+from vlv.config.section import ConfigError, Precision, Section, Weights
 from vlv.config.training import Lora, Optimizer, Stage1, Stage2, Timesteps, Training
 from vlv.io import files
 
@@ -26,6 +26,7 @@ __all__ = [
 
 # Keys that were renamed: old name -> new name. An old key is refused with a message that gives the new one.
 RENAMED: dict[str, str] = {
+    "stage1.draws_per_image": "stage1.noise_samples_per_image",
     "compute.patience_minutes": "compute.timeout_minutes",
     "decoder.use_t5": "decoder.options.use_t5",
     "evaluate.untrained_floor": "evaluate.untrained_baseline",

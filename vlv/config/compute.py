@@ -4,7 +4,7 @@ from typing import Annotated
 
 from pydantic import Field
 
-from vlv.config.base import Positive, Section
+from vlv.config.section import Positive, Section
 
 
 class LaunchByStage(Section):

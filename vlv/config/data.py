@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from vlv.config.base import Positive, Section, Share
+from vlv.config.section import Positive, Section, Share
 
 Resize = Literal["bicubic", "torchvision"]
 Encoding = Literal["png", "jpeg"]  # how images that were cut are stored

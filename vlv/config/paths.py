@@ -4,7 +4,7 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from vlv.config.base import ConfigError
+from vlv.config.section import ConfigError
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ from typing import Annotated
 
 from pydantic import Field, model_validator
 
-from vlv.config.base import Positive, Section
+from vlv.config.section import Positive, Section
 
 
 class Evaluate(Section):

@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from vlv.config import trainable
-from vlv.config.base import Positive, Precision, Section, Share
+from vlv.config.section import Positive, Precision, Section, Share
 
 
 class Optimizer(Section):
@@ -87,7 +87,7 @@ class Stage1(Training):
     learn: trainable.Stage1Choice = Field(
         description="what is trained in the encoder besides queries and projection (vlv/config/trainable.py)"
     )
-    draws_per_image: Positive = Field(description="noise samples for each encoded image; divides batch_size")
+    noise_samples_per_image: Positive = Field(description="noise samples for each encoded image; divides batch_size")
     loss: Literal["mse", "l1"] = Field(description="between the prediction and its target")
     timesteps: Timesteps
     same_noise: bool = Field(default=False, description="one noise tensor for the whole batch")
@@ -105,8 +105,10 @@ class Stage1(Training):
 
     @model_validator(mode="after")
     def _check(self) -> "Stage1":
-        if self.batch_size % self.draws_per_image:
-            raise ValueError(f"draws_per_image {self.draws_per_image} does not divide batch_size {self.batch_size}")
+        if self.batch_size % self.noise_samples_per_image:
+            raise ValueError(
+                f"noise_samples_per_image {self.noise_samples_per_image} does not divide batch_size {self.batch_size}"
+            )
         if self.cache_features and self.trains_vision_tower:
             raise ValueError(f"cache_features needs a frozen vision tower, but learn {self.learn!r} trains it")
         return self

@@ -37,7 +37,7 @@ class ShardCache:
     Args:
         root: folder of all caches.
         kind: what is cached ("latents"); the first part of the folder's name.
-        identity: everything that decides the contents besides the shard itself.
+        inputs: everything that decides the contents, except the shard itself; their hash names the folder.
         data, split: the split of the data folder that is read.
         compute: maps images (B, 3, H, W) uint8 to named tensors (B, ...), which are kept in bfloat16.
         batch_size: B.
@@ -47,13 +47,13 @@ class ShardCache:
         self,
         root: Path,
         kind: str,
-        identity: Mapping[str, str],
+        inputs: Mapping[str, str],
         data: Path,
         split: str,
         compute: Compute,
         batch_size: int = 100,
     ) -> None:
-        digest = files.sha256_bytes(json.dumps(identity, sort_keys=True).encode())
+        digest = files.sha256_bytes(json.dumps(inputs, sort_keys=True).encode())
         self.folder = root / f"{kind}-{digest[:16]}" / split
         self.kind, self._data, self._split = kind, data, split
         self._compute, self._batch_size = compute, batch_size

@@ -24,8 +24,9 @@ from vlv.inputs.source import Module, Sources, Symbol
 NEUTRAL = (
     "vlv.io.assets",  # fetches files; their contents are hashed by whoever uses them
     "vlv.inputs",  # names what a result is made from
-    "vlv.stages.lineage",
+    "vlv.stages.inputs",
     "vlv.stages.adoption",
+    "vlv.io.json_lines",
     "vlv.io.files",  # moves bytes; a number that passes through it is written and read as it is
     "vlv.tracking",  # MLflow's records
     "vlv.io.tables",  # what is shown and logged

@@ -1,21 +1,20 @@
-"""Files on disk: atomic writes, checked reads, JSON lines, hashes and folder locks.
+"""Files on disk: atomic writes, checked reads, hashes and folder locks.
 
 Everything the pipeline writes passes through here, so that a kill or a full disk leaves either the old file
 or the new one, never half of one. Every text, JSON and YAML file is read here too, so that a damaged or hostile one
 ends in one line that names it.
 """
 
-import fcntl
 import hashlib
 import json
 import logging
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import filelock
 import yaml
@@ -90,10 +89,11 @@ def write_text(path: Path, text: str) -> None:
 
 def write_json(path: Path, value: Any) -> None:
     """Write indented JSON atomically. NaN is refused (`ValueError`): it is not JSON."""
-    write_text(path, _as_json(value, indent=2) + "\n")
+    write_text(path, to_json(value, indent=2) + "\n")
 
 
-def _as_json(value: Any, indent: int | None = None) -> str:
+def to_json(value: Any, indent: int | None = None) -> str:
+    """JSON text that UTF-8 can hold. NaN is refused (`ValueError`)."""
     text = json.dumps(value, indent=indent, ensure_ascii=False, allow_nan=False)
     try:
         text.encode()
@@ -130,7 +130,7 @@ def read_json(path: Path, remedy: str = _REMEDY) -> Any:
 
 def read_json_object(path: Path, remedy: str = _REMEDY) -> dict[str, Any]:
     """Read a JSON file that holds an object; everything else is a `FileError`."""
-    return _expect_mapping(read_json(path, remedy), str(path), "JSON object", remedy)
+    return expect_mapping(read_json(path, remedy), str(path), "JSON object", remedy)
 
 
 def read_yaml(path: Path, remedy: str = _REMEDY) -> Any:
@@ -140,7 +140,7 @@ def read_yaml(path: Path, remedy: str = _REMEDY) -> Any:
 
 def read_yaml_mapping(path: Path, remedy: str = _REMEDY) -> dict[str, Any]:
     """Read a YAML file that holds keys and values; everything else is a `FileError`."""
-    return _expect_mapping(read_yaml(path, remedy), str(path), "YAML mapping", remedy)
+    return expect_mapping(read_yaml(path, remedy), str(path), "YAML mapping", remedy)
 
 
 def parse_json(text: str | bytes, name: str, remedy: str = _REMEDY) -> Any:
@@ -194,7 +194,8 @@ class _YamlLoader(yaml.SafeLoader):
         return node
 
 
-def _expect_mapping(value: Any, name: str, what: str, remedy: str) -> dict[str, Any]:
+def expect_mapping(value: Any, name: str, what: str, remedy: str) -> dict[str, Any]:
+    """The value, if it is a mapping with keys that are strings; otherwise a `FileError`."""
     if not isinstance(value, dict) or not all(isinstance(key, str) for key in value):
         raise FileError(f"{name} holds no {what}, but a {type(value).__name__}. {remedy}")
     return value
@@ -207,83 +208,6 @@ def set_aside(path: Path, error: Exception | str, instead: str) -> None:
         shutil.rmtree(target)
     path.replace(target)
     log.warning("%s It is kept as %s; %s", str(error).removesuffix(_REMEDY).rstrip(), target.name, instead)
-
-
-def append_json_line(path: Path, value: Any) -> None:
-    """Append one JSON object as a line and flush it to disk; half a line that a kill left is removed first.
-
-    The file is locked meanwhile: threads and processes may append to the same one.
-    """
-    line = (_as_json(value) + "\n").encode()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a+b") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)  # given back when the file is closed
-        _cut_torn_line(file)
-        file.write(line)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def write_json_lines(path: Path, rows: Iterable[Any]) -> None:
-    """Write objects as lines of JSON, atomically."""
-    write_text(path, "".join(_as_json(row) + "\n" for row in rows))
-
-
-def _cut_torn_line(file: IO[bytes]) -> None:
-    """Cut off what follows the last line end: appended to, it would spoil the next line as well."""
-    end = size = file.seek(0, os.SEEK_END)
-    while end > 0:
-        start = max(0, end - 65536)
-        file.seek(start)
-        found = file.read(end - start).rfind(b"\n")
-        if found >= 0:
-            end = start + found + 1
-            break
-        end = start
-    if end != size:
-        file.truncate(end)
-
-
-def iterate_json_lines(path: Path, start: int = 0) -> Iterator[tuple[dict[str, Any] | FileError, int]]:
-    """The finished lines of a JSON-lines file from byte `start` on, one in memory, each with the byte after it.
-
-    A line that is no JSON object comes as the `FileError` that says so, for the caller to raise or to pass over. A last
-    line without its end was never finished and does not come. No file: no lines.
-    """
-    try:
-        opened = path.open("rb")
-    except FileNotFoundError:
-        return
-    except OSError as error:
-        raise FileError(f"{path} cannot be read ({error.strerror}). {_REMEDY}") from error
-    position = start
-    with opened as file:
-        file.seek(start)
-        for line in file:
-            if not line.endswith(b"\n"):
-                return
-            position += len(line)
-            if not line.strip():
-                continue
-            name = f"{path}, the line that ends at byte {position},"
-            try:
-                yield _expect_mapping(parse_json(line, name, "Remove that line."), name, "JSON object", ""), position
-            except FileError as error:
-                yield error, position
-
-
-def read_json_lines(path: Path, fits: Callable[[dict[str, Any]], bool] = lambda row: True) -> list[dict[str, Any]]:
-    """The objects of a JSON-lines file; damaged lines, and objects that do not fit, are passed over with a warning."""
-    rows: list[dict[str, Any]] = []
-    damaged = 0
-    for row, _ in iterate_json_lines(path):
-        if isinstance(row, FileError) or not fits(row):
-            damaged += 1
-        else:
-            rows.append(row)
-    if damaged:
-        log.warning("%s: %d damaged lines are passed over, %d are whole", path, damaged, len(rows))
-    return rows
 
 
 def sha256_bytes(data: bytes) -> str:

@@ -9,6 +9,7 @@ import io
 import textwrap
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -16,7 +17,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageOps, UnidentifiedImageError
 
-from vlv.config import Resize
+from vlv.config import Config, Resize
 
 Pixels = NDArray[np.uint8]
 
@@ -222,3 +223,40 @@ def grid(
         left, top = margin + gap + c * (tile + gap), len(rows) * (tile + gap) + gap
         draw.multiline_text((left + 1, top), text, fill=(40, 40, 40), spacing=3)
     return np.asarray(canvas)
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """The chain of one model.
+
+    Attributes:
+        square: pixels, side of the training data's squares (data.image_size).
+        resize: how a picture is brought to that square (data.resize).
+        tower: pixels, side of the vision tower's input (encoder.image_size).
+    """
+
+    square: int
+    resize: Resize
+    tower: int
+
+    @staticmethod
+    def of(settings: Config) -> "Preprocessing":
+        """As a configuration says; a saved model has its own."""
+        return Preprocessing(settings.data.image_size, settings.data.resize, settings.encoder.image_size)
+
+    def cut(self, pictures: Sequence[Pixels]) -> torch.Tensor:
+        """Pictures (H, W, 3) uint8 of any size -> a batch (B, 3, S, S) uint8 of the training data's squares."""
+        return to_batch([resize_crop(picture, self.square, self.resize) for picture in pictures])
+
+    def for_tower(self, batch: torch.Tensor) -> torch.Tensor:
+        """Squares (B, 3, S, S) uint8 -> (B, 3, T, T) uint8.
+
+        Raises:
+            ValueError: other images than squares of the training data's size.
+        """
+        if batch.shape[2:] != (self.square, self.square):
+            raise ValueError(
+                f"images of {batch.shape[3]}x{batch.shape[2]} pixels: this model takes squares of {self.square}, as it "
+                "was trained on; cut them with Preprocessing.cut"
+            )
+        return scale(batch, self.tower)

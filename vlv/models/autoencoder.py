@@ -10,12 +10,12 @@ from torch import nn
 
 from vlv import config, rng
 from vlv.config import Config, Paths
-from vlv.dropout import Masks
 from vlv.io import images
-from vlv.io.preprocessing import Preprocessing
+from vlv.io.images import Preprocessing
 from vlv.models import build, saved
 from vlv.models.decoders.base import Context, Decoder
 from vlv.models.encoder import CaptionEncoder
+from vlv.rng import Masks
 
 KIND = "autoencoder"
 PARTS = ["encoder", "decoder"]
@@ -59,13 +59,13 @@ class Autoencoder(nn.Module):
         return self.encoder.queries.device
 
     def forward(self, batch: Stage1Batch, generator: torch.Generator) -> torch.Tensor:
-        """Mean denoising loss; each image is encoded once and denoised `draws_per_image` times."""
+        """Mean denoising loss; each image is encoded once and denoised `noise_samples_per_image` times."""
         assert self.settings is not None, "built without training settings"
         masks = self.encoder.masks(generator, len(batch))
         features = batch.features.to(self.device) if batch.features is not None else self._features(batch, masks)
         context = self.decoder.condition(self.encoder(features.float(), masks).float())
         mean, std = self._latents(batch)
-        repeats = self.settings.draws_per_image
+        repeats = self.settings.noise_samples_per_image
         mean, std, context = (x.repeat_interleave(repeats, 0) for x in (mean, std, context))
         latents = mean + std * rng.normal(mean.shape, generator).to(mean)
         return self.decoder.loss(

@@ -28,7 +28,7 @@ from transformers.utils import logging
 from vlv import config
 from vlv.config import ConfigError, Paths, Section
 from vlv.io import assets
-from vlv.io.preprocessing import Preprocessing
+from vlv.io.images import Preprocessing
 from vlv.models.decoders.base import Conditioner, Decoder
 from vlv.models.encoder import CaptionEncoder, Projection, processor_statistics, tokenize_prompt
 

@@ -11,13 +11,13 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from vlv.config import Config, Generation, Paths, Stage1, Stage2, trainable
-from vlv.dropout import Masks
 from vlv.io import images
 from vlv.models import build, language_model, saved
 from vlv.models.autoencoder import build_encoder
 from vlv.models.caption_tokens import IGNORED
 from vlv.models.decoders.base import Conditioner
 from vlv.models.encoder import CaptionEncoder
+from vlv.rng import Masks
 
 KIND = "captioner"
 PARTS = ["encoder", "decoder", "language_model"]

@@ -12,9 +12,9 @@ from torch import nn
 from transformers import Florence2ForConditionalGeneration, PreTrainedTokenizerBase
 
 from vlv.config import trainable
-from vlv.dropout import DropPath, Masks, dropping
 from vlv.io import files, images
-from vlv.io.preprocessing import Preprocessing
+from vlv.io.images import Preprocessing
+from vlv.rng import DropPath, Masks, dropping
 
 
 class Projection(nn.Module):

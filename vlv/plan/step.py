@@ -21,7 +21,7 @@ def section(settings: Config, stage: StageName) -> Training:
 def samples_in_step(settings: Config, stage: StageName) -> int:
     """Return how many encoded images (Stage 1) or pairs (Stage 2) an optimizer step has, over all processes."""
     if stage == "stage1":
-        return settings.stage1.batch_size // settings.stage1.draws_per_image
+        return settings.stage1.batch_size // settings.stage1.noise_samples_per_image
     return settings.stage2.batch_size
 
 

@@ -13,16 +13,16 @@ from typing import Any
 from vlv import config, tracking
 from vlv.config import ConfigError, Paths
 from vlv.io import files
-from vlv.stages import lineage
-from vlv.stages.lineage import Origin
+from vlv.stages import inputs
+from vlv.stages.inputs import TrainingHashes
 from vlv.training import state
 
 log = logging.getLogger(__name__)
 
-_FILE = "origin.json"
+_FILE = "hashes.json"
 
 
-def begin(training: Path, origin: Origin) -> list[dict[str, Any]]:
+def begin(training: Path, hashes: TrainingHashes) -> list[dict[str, Any]]:
     """Note in a training's folder what decides it; returns how it was adopted, oldest first.
 
     Another unfinished training that only other code keeps apart is named in a warning.
@@ -31,12 +31,12 @@ def begin(training: Path, origin: Origin) -> list[dict[str, Any]]:
     if path.exists():
         adopted: list[dict[str, Any]] = files.read_json(path)["adopted"]
         return adopted
-    for old, step in _others(training, origin):
+    for old, step in _others(training, hashes):
         log.warning(
             "%s stopped at step %d and was begun by other code. To go on from it: vlv run %s --adopt",
             old, step, training.parent.name,
         )  # fmt: skip
-    files.write_json(path, {"code": origin.code, "rest": origin.rest, "adopted": []})
+    files.write_json(path, {"code": hashes.code, "rest": hashes.rest, "adopted": []})
     return []
 
 
@@ -46,11 +46,11 @@ def adopt(stage: str, paths: Paths) -> Path:
     Raises:
         ConfigError: no unfinished training has these settings, parts and data, or the present code has begun one.
     """
-    origin = lineage.origin(stage, config.load(paths), paths)
-    target = paths.work / stage / f"training-{origin.input_hash[:12]}"
+    hashes = inputs.training_hashes(stage, config.load(paths), paths)
+    target = paths.work / stage / f"training-{hashes.input_hash[:12]}"
     if state.newest(target / "checkpoints"):
         raise ConfigError(f"{target} is a training by the present code already: it goes on by itself")
-    others = sorted(_others(target, origin), key=lambda other: other[1])
+    others = sorted(_others(target, hashes), key=lambda other: other[1])
     if not others:
         raise ConfigError(
             f"{target.parent} has no unfinished training with these settings, pretrained parts and data. "
@@ -59,10 +59,10 @@ def adopt(stage: str, paths: Paths) -> Path:
     old, step = others[-1]
     with files.folder_lock(old, "adoption"):
         before: dict[str, Any] = files.read_json(old / _FILE)
-        names = {*before["code"], *origin.code}
-        changed = sorted(name for name in names if before["code"].get(name) != origin.code.get(name))
+        names = {*before["code"], *hashes.code}
+        changed = sorted(name for name in names if before["code"].get(name) != hashes.code.get(name))
         adopted = [*before["adopted"], {"step": step, "changed": changed}]
-        files.write_json(old / _FILE, {"code": origin.code, "rest": origin.rest, "adopted": adopted})
+        files.write_json(old / _FILE, {"code": hashes.code, "rest": hashes.rest, "adopted": adopted})
     with files.folder_lock(target, "adoption"):
         tracking.keep_undelivered(paths, target)
         shutil.rmtree(target)  # begun, without a checkpoint
@@ -70,12 +70,12 @@ def adopt(stage: str, paths: Paths) -> Path:
     return target
 
 
-def _others(training: Path, origin: Origin) -> list[tuple[Path, int]]:
+def _others(training: Path, hashes: TrainingHashes) -> list[tuple[Path, int]]:
     """Unfinished trainings beside `training` with the same settings, parts and data, and their steps."""
     found = []
     for folder in training.parent.glob("training-*"):
         path = folder / _FILE
-        if folder != training and path.exists() and files.read_json(path)["rest"] == origin.rest:
+        if folder != training and path.exists() and files.read_json(path)["rest"] == hashes.rest:
             step = state.newest(folder / "checkpoints")
             found += [(folder, step)] if step else []
     return found

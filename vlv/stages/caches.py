@@ -13,7 +13,7 @@ from vlv.inputs import closure
 from vlv.models.autoencoder import Autoencoder
 from vlv.models.captioner import Captioner
 from vlv.models.encoder import CaptionEncoder
-from vlv.stages import lineage
+from vlv.stages import inputs
 from vlv.training import blocks
 
 # What reads the shards and keeps the results, whatever is computed.
@@ -30,44 +30,44 @@ def latents(settings: Config, paths: Paths, model: Autoencoder) -> ShardCache:
         return {"latent_mean": mean, "latent_std": std}
 
     roots = [
-        *lineage.decoder_code(settings.decoder),
+        *inputs.decoder_code(settings.decoder),
         "vlv.models.build:decoder",
         "vlv.models.decoders.base:Decoder.encode",
     ]
     precision = settings.stage1.precision
-    identity = _of_part(settings.decoder, paths, precision) | _code(roots)
-    return _cache("latents", identity, paths, _in_precision(compute, model.device, precision))
+    decided_by = _of_part(settings.decoder, paths, precision) | _code(roots)
+    return _cache("latents", decided_by, paths, _in_precision(compute, model.device, precision))
 
 
 def features(settings: Config, paths: Paths, encoder: CaptionEncoder, precision: Precision) -> ShardCache:
     """The frozen vision tower's features (B, T, D)."""
     roots = ["vlv.models.build:encoder", "vlv.models.encoder:CaptionEncoder.features"]
-    identity = _of_part(settings.encoder, paths, precision) | _code(roots)
+    decided_by = _of_part(settings.encoder, paths, precision) | _code(roots)
     compute = _in_precision(lambda x: {"features": encoder.features(x)}, encoder.queries.device, precision)
-    return _cache("features", identity, paths, compute)
+    return _cache("features", decided_by, paths, compute)
 
 
 def contexts(settings: Config, paths: Paths, captioner: Captioner) -> ShardCache:
     """The context (B, Q, C) of the encoder as Stage 1 left it."""
     roots = [
-        *lineage.decoder_code(settings.decoder),
+        *inputs.decoder_code(settings.decoder),
         "vlv.models.build:conditioner",
         "vlv.models.build:encoder",
         "vlv.models.captioner:Captioner.context",
     ]
     precision = settings.stage2.precision
-    identity = {
-        "encoder": lineage.fingerprint_of(captioner.encoder),
+    decided_by = {
+        "encoder": inputs.tensor_hash(captioner.encoder),
         "path": "through" if settings.decoder.use_text_encoder else "direct",
         **_of_part(settings.decoder, paths, precision),
         **_code(roots),
     }
     compute = _in_precision(lambda x: {"context": captioner.context(x)}, captioner.encoder.queries.device, precision)
-    return _cache("context", identity, paths, compute)
+    return _cache("context", decided_by, paths, compute)
 
 
 def _of_part(part: config.Encoder | config.Decoder, paths: Paths, precision: Precision) -> dict[str, str]:
-    return {"part": lineage.identity(part, paths), "size": str(part.image_size), "precision": precision}
+    return {"part": inputs.part_hash(part, paths), "size": str(part.image_size), "precision": precision}
 
 
 def _code(roots: list[str]) -> dict[str, str]:
@@ -82,5 +82,5 @@ def _in_precision(compute: Compute, device: torch.device, precision: Precision) 
     return computed
 
 
-def _cache(kind: str, identity: dict[str, str], paths: Paths, compute: Callable[[torch.Tensor], Any]) -> ShardCache:
-    return ShardCache(paths.cache, kind, identity, paths.data, "train", compute)
+def _cache(kind: str, decided_by: dict[str, str], paths: Paths, compute: Callable[[torch.Tensor], Any]) -> ShardCache:
+    return ShardCache(paths.cache, kind, decided_by, paths.data, "train", compute)

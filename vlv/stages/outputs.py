@@ -12,7 +12,7 @@ from vlv.io.progress import meter
 from vlv.models import saved
 from vlv.models.autoencoder import Autoencoder
 from vlv.models.captioner import Captioner
-from vlv.stages import lineage, stage2
+from vlv.stages import inputs, stage2
 from vlv.training import blocks
 
 RECONSTRUCTION = "reconstruction"
@@ -42,8 +42,8 @@ def captions_without_image(settings: Config, paths: Paths, count: int) -> list[s
 def captions_without_stage1(settings: Config, paths: Paths, pixels: Sequence[Pixels]) -> list[str]:
     """A baseline: captions after the same Stage 2, on an auto-encoder that Stage 1 did not train."""
     untrained = Autoencoder.build(settings, paths).eval()
-    origin = lineage.origin("evaluate", settings, paths)
-    input_hash = files.sha256_bytes((lineage.fingerprint_of(untrained.encoder) + origin.input_hash).encode())
+    hashes = inputs.training_hashes("evaluate", settings, paths)
+    input_hash = files.sha256_bytes((inputs.tensor_hash(untrained.encoder) + hashes.input_hash).encode())
     folder = paths.work / "evaluate" / f"untrained-{input_hash[:12]}"
     captioner, _ = stage2.train_captioner(
         settings, paths, untrained.encoder, folder, input_hash, lambda step, values: None, "Baseline: untrained Stage 1"

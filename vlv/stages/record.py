@@ -14,7 +14,7 @@ from vlv.evaluation import figures
 from vlv.io import files
 from vlv.io.tables import numbers
 from vlv.stages import adoption
-from vlv.stages.lineage import Origin
+from vlv.stages.inputs import TrainingHashes
 from vlv.tracking.wandb_copy import wandb_copy
 from vlv.training import distributed, ledger
 
@@ -29,11 +29,11 @@ class Record:
         figures: what goes to metrics/STAGE.json.
     """
 
-    def __init__(self, stage: str, paths: Paths, origin: Origin) -> None:
-        self.stage, self.paths, self.origin = stage, paths, origin
+    def __init__(self, stage: str, paths: Paths, hashes: TrainingHashes) -> None:
+        self.stage, self.paths, self.hashes = stage, paths, hashes
         self.folder = paths.work / stage
         self.model = self.folder / "model"
-        self.training = self.folder / f"training-{origin.input_hash[:12]}"
+        self.training = self.folder / f"training-{hashes.input_hash[:12]}"
         self.figures: dict[str, Any] = {}
 
     def result(self) -> dict[str, Any]:
@@ -69,7 +69,7 @@ def training_record(
             run.log_metrics(values, step)
             copy(step, values)
 
-        adopted = adoption.begin(record.training, record.origin)
+        adopted = adoption.begin(record.training, record.hashes)
         yield on_log
         rows = _rows(run, training)
         last = rows[-max(1, len(rows) // 20) :]

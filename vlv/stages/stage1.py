@@ -11,7 +11,7 @@ from vlv.data.cache import ShardCache
 from vlv.data.loader import ShardLoader, prefetched
 from vlv.evaluation import figures
 from vlv.models.autoencoder import Autoencoder, Stage1Batch
-from vlv.stages import caches, lineage
+from vlv.stages import caches, inputs
 from vlv.stages.record import Record, training_record
 from vlv.training import distributed, loop
 
@@ -27,10 +27,10 @@ def run(settings: Config, paths: Paths) -> dict[str, Any]:
             extra = batch.extra
             yield Stage1Batch(batch.images, extra.get("features"), extra.get("latent_mean"), extra.get("latent_std"))
 
-    origin = lineage.origin("stage1", settings, paths)
-    record = Record("stage1", paths, origin)
+    hashes = inputs.training_hashes("stage1", settings, paths)
+    record = Record("stage1", paths, hashes)
     with training_record(record, settings, settings.stage1) as on_log:
-        loop.train(model, batches, settings.stage1, record.training, origin.rest, on_log, "Stage 1")
+        loop.train(model, batches, settings.stage1, record.training, hashes.rest, on_log, "Stage 1")
         if distributed.is_main():
             model.save(record.model, settings, paths, figures.card("autoencoder", settings))
     return record.result()
@@ -40,7 +40,7 @@ def _loader(settings: Config, paths: Paths, model: Autoencoder) -> ShardLoader:
     """Training images, or what the frozen parts make of them where the configuration caches that."""
     s = settings.stage1
     rank, world_size = distributed.rank(), distributed.world_size()
-    images = distributed.micro_batch_size(s, s.batch_size // s.draws_per_image) * world_size
+    images = distributed.micro_batch_size(s, s.batch_size // s.noise_samples_per_image) * world_size
     entries = shards.read_manifest(paths.data).splits["train"].shards
     kept: list[ShardCache] = []
     if s.cache_latents:

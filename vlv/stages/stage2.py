@@ -14,7 +14,7 @@ from vlv.models import caption_tokens
 from vlv.models.autoencoder import Autoencoder
 from vlv.models.captioner import Captioner, Stage2Batch
 from vlv.models.encoder import CaptionEncoder
-from vlv.stages import caches, lineage
+from vlv.stages import caches, inputs
 from vlv.stages.record import Record, training_record
 from vlv.training import distributed, loop
 
@@ -24,10 +24,10 @@ _MEASURED = 2000  # samples that a context's mean and std are taken from where n
 def run(settings: Config, paths: Paths) -> dict[str, Any]:
     """Train on the training pairs."""
     trained = Autoencoder.load(paths.work / "stage1" / "model", paths).encoder  # its decoder takes no part
-    origin = lineage.origin("stage2", settings, paths)
-    record = Record("stage2", paths, origin)
+    hashes = inputs.training_hashes("stage2", settings, paths)
+    record = Record("stage2", paths, hashes)
     with training_record(record, settings, settings.stage2) as on_log:
-        captioner, cut = train_captioner(settings, paths, trained, record.training, origin.rest, on_log, "Stage 2")
+        captioner, cut = train_captioner(settings, paths, trained, record.training, hashes.rest, on_log, "Stage 2")
         record.figures["captions_cut"] = cut
         if distributed.is_main():
             captioner.save(record.model, settings, paths, figures.card("captioner", settings))
@@ -39,7 +39,7 @@ def train_captioner(
     paths: Paths,
     encoder: CaptionEncoder,
     folder: Path,
-    fingerprint: str,
+    input_hash: str,
     on_log: Callable[[int, dict[str, float]], None],
     title: str,
 ) -> tuple[Captioner, int]:
@@ -66,7 +66,7 @@ def train_captioner(
             extra = batch.extra
             yield Stage2Batch(extra.get("context"), ids, labels, batch.images, extra.get("features"))
 
-    loop.train(captioner, batches, s, folder, fingerprint, on_log, title)
+    loop.train(captioner, batches, s, folder, input_hash, on_log, title)
     (all_cut,) = distributed.all_reduce([cut], device)
     return captioner.eval(), int(all_cut)
 

@@ -18,7 +18,7 @@ from transformers.models.florence2.configuration_florence2 import Florence2Visio
 
 from vlv.config import Optimizer, Training
 from vlv.io import images
-from vlv.io.preprocessing import Preprocessing
+from vlv.io.images import Preprocessing
 from vlv.models.encoder import CaptionEncoder, Projection
 from vlv.tiny import scenes
 from vlv.tiny.pretrain_text import tokenizer

@@ -20,7 +20,7 @@ from typing import Any
 import filelock
 from pydantic import TypeAdapter, ValidationError
 
-from vlv.io import files
+from vlv.io import files, json_lines
 
 NAME = "record.jsonl"
 _REFUSED_NAME = "refused.jsonl"  # what a delivered record becomes where MLflow refused entries
@@ -152,7 +152,7 @@ class RunRecord:
     def pending(self, most: int = 500) -> list[Pending]:
         """The next entries that MLflow has not been told, at most `most`."""
         found: list[Pending] = []
-        for entry, end in files.iterate_json_lines(self._file, self._offset):
+        for entry, end in json_lines.iterate(self._file, self._offset):
             if isinstance(entry, files.FileError) or not _fits(entry):
                 continue  # `open` has named the damaged lines
             if entry["n"] > self._told and entry["op"] not in _NOTES:
@@ -200,7 +200,7 @@ class RunRecord:
         if self._closed:
             return False
         entry = {"n": self._number + 1, "op": op, "time": time.time_ns() // 1_000_000, **values}
-        files.append_json_line(self._file, entry)
+        json_lines.append(self._file, entry)
         self._note(entry)
         return True
 
@@ -250,7 +250,7 @@ def _fits(entry: Mapping[str, Any]) -> bool:
 
 def read(path: Path) -> list[dict[str, Any]]:
     """The entries of a record's file; damaged lines are left out with a warning."""
-    return files.read_json_lines(path, _fits)
+    return json_lines.read(path, _fits)
 
 
 def curve(entries: Collection[Mapping[str, Any]], keys: Collection[str]) -> dict[int, dict[str, float]]:

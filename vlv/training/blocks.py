@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from vlv import dropout
+from vlv import rng
 from vlv.config import Precision
 
 
@@ -40,7 +40,7 @@ def recompute(module: nn.Module) -> int:
         if type(part).__name__ not in classes:
             return sum(visit(child) for child in part.children())
         part.forward = functools.partial(  # type: ignore[method-assign]
-            checkpoint, part.forward, use_reentrant=False, preserve_rng_state=False, context_fn=dropout.recomputed
+            checkpoint, part.forward, use_reentrant=False, preserve_rng_state=False, context_fn=rng.recomputed
         )
         return 1
 

@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from vlv.data.shards import DataError
-from vlv.io import files
+from vlv.io import files, json_lines
 
 FINAL = frozenset({"caption", "refused", "empty", "cut"})
 
@@ -43,7 +43,7 @@ class Journal:
         self._path = path
         self.answered: set[int] = set()
         self.spent = 0.0
-        if any(True for _ in files.iterate_json_lines(path)):
+        if any(True for _ in json_lines.iterate(path)):
             self._load(asked, again)
         else:
             self.append({"asked": asked})
@@ -65,7 +65,7 @@ class Journal:
 
     def lines(self) -> Iterator[dict[str, Any]]:
         """All lines; memory holds one of them."""
-        for row, end in files.iterate_json_lines(self._path):
+        for row, end in json_lines.iterate(self._path):
             if isinstance(row, files.FileError):
                 raise DataError(str(row)) from row
             if "asked" not in row and not _is_answer(row):
@@ -74,7 +74,7 @@ class Journal:
 
     def append(self, value: dict[str, Any]) -> None:
         """Append a line and flush it to the disk."""
-        files.append_json_line(self._path, value)
+        json_lines.append(self._path, value)
 
 
 def _is_answer(row: dict[str, Any]) -> bool:
@@ -123,7 +123,7 @@ def export(journal: Journal, output: Path, beside: Path | None) -> Exported:
                 rows = []
         table.write_table(pa.Table.from_pylist(rows, _SCHEMA))
     listed = [{name: line[name] for name in ("name", "kind", "text", "sha256")} for line in unusable.values()]
-    files.write_json_lines(output / UNUSABLE, listed)
+    json_lines.write(output / UNUSABLE, listed)
     return Exported(count, dict(sorted(Counter(line["kind"] for line in listed).items())), made, there)
 
 

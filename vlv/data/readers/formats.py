@@ -21,11 +21,11 @@ FORMATS = {
     "shards": "tars",
     "img2dataset": "tars",
     "arrow": "columns",
-    "imagefolder": "tables",
+    "imagefolder": "tabular",
     "parquet": "columns",
     "coco": "coco",
-    "llava": "tables",
-    "table": "tables",
+    "llava": "tabular",
+    "table": "tabular",
     "folder": "folder",
 }
 # Names of files that tell a format; found at any depth.

@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, field_validator
 
-from vlv.config.base import Positive, Section, Weights
+from vlv.config.section import Positive, Section, Weights
 
 
 class Encoder(Section):
