@@ -90,7 +90,7 @@ def test_words_plots_logs_and_other_kinds_make_nothing_stale(package: Path) -> N
     _replace(package / "training/state.py", "going back to the one before it", "passed over")
     _add(package / "models/decoders/sd3.py", "\n\nNEW = 1\n")
     (package / "models/decoders/new.py").write_text("class NewDecoder: ...\n")
-    _replace(package / "config/models.py", '"sd3": "3 and 3.5"', '"sd3": "3 and 3.5", "new": "a new one"')
+    _replace(package / "config/parts.py", '"sd3": "3 and 3.5"', '"sd3": "3 and 3.5", "new": "a new one"')
     (package / "evaluation/new_metric.py").write_text("def metric() -> float:\n return 1.0\n")
     _add(package / "tiny/counting.py", "\n\ndef new_metric() -> float:\n return 1.0\n")
     _add(package / "models/encoder.py", "\n# a comment\n")

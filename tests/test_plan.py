@@ -143,6 +143,19 @@ def test_other_decoders_are_counted(
     assert counted.flops == _real_flops(model, Stage1Batch(torch.zeros(1, 3, 32, 32, dtype=torch.uint8)))
 
 
+def test_a_decoder_from_outside_the_package_is_counted(smoke: config.Config, paths: Paths) -> None:
+    settings = smoke.model_copy(
+        update={
+            "decoder": smoke.decoder.model_copy(update={"kind": "tests.toy_decoder", "options": {"width": 12}}),
+            "encoder": smoke.encoder.model_copy(update={"start_on_text_side": False}),
+        }
+    )
+    counted = count.stage(settings, paths, "stage1", "gpu")
+    model = Autoencoder.build(settings, paths)
+    assert counted.flops == _real_flops(model, Stage1Batch(torch.zeros(1, 3, 64, 64, dtype=torch.uint8)))
+    assert counted.weights == _bytes(model)
+
+
 def test_dropout_in_the_encoder_is_counted(smoke: config.Config, paths: Paths) -> None:
     dropping = smoke.model_copy(update={"encoder": smoke.encoder.model_copy(update={"dropout": 0.1, "drop_path": 0.1})})
     with_masks, without = (count.stage(s, paths, "stage1", "gpu", 2) for s in (dropping, smoke))

@@ -38,7 +38,10 @@ def plan(
     price: Annotated[float | None, typer.Option(min=0.0, help="Dollars for a GPU and hour.")] = None,
     sharding: Annotated[
         Sharding | None,
-        typer.Option(help="none: DDP; zero2; full: ZeRO-3 or FSDP; without: as compute.launch says for each stage."),
+        typer.Option(
+            help="none: DDP; zero2: FSDP with fsdp_reshard_after_forward false; full: FSDP; without: as "
+            "compute.launch says for each stage."
+        ),
     ] = None,
     tf32: Annotated[bool, typer.Option(help="Float32 products on the tensor cores.")] = False,
     images: Annotated[

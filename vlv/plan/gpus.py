@@ -98,8 +98,8 @@ class Machine:
         count: how many GPUs, one process each.
         utilisation: FLOPs of the step / (time x peak rate). Element-wise work, copies and waiting all lower it.
         price: dollars for one GPU and hour; None: unknown.
-        sharding: none (DDP: each GPU holds everything), zero2 (each GPU holds a share of gradients and optimizer),
-            full (and of the weights that learn: FSDP, ZeRO-3).
+        sharding: none (DDP: each GPU holds everything), zero2 (gradients and optimizer are sharded: FSDP with
+            fsdp_reshard_after_forward false), full (the weights that learn are sharded too: FSDP).
         tf32: float32 products run on the tensor cores.
     """
 
@@ -145,9 +145,7 @@ def machine_of(settings: Config, paths: Paths, stage: StageName) -> Machine:
 
 def sharding_of(plan: dict[str, Any]) -> Sharding:
     """Return what the processes of an accelerate file share."""
-    match plan.get("distributed_type"):
-        case "FSDP":
-            # Without resharding after the forward pass the weights are whole from then on, as in ZeRO-2.
-            return "full" if plan.get("fsdp_config", {}).get("fsdp_reshard_after_forward", True) else "zero2"
-        case _:
-            return "none"
+    if plan.get("distributed_type") != "FSDP":
+        return "none"
+    # Without resharding after the forward pass the weights are whole from then on, as in ZeRO-2.
+    return "full" if plan.get("fsdp_config", {}).get("fsdp_reshard_after_forward", True) else "zero2"

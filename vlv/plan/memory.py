@@ -69,7 +69,7 @@ def knobs(stage: Stage, machine: Machine) -> list[str]:
         )  # fmt: skip
     if gpus > 1 and sharding == "none":
         add(
-            "ZeRO-2 (each GPU holds a share of gradients and optimizer)",
+            "FSDP with fsdp_reshard_after_forward: false",
             memory(stage, stage.activations, gpus, "zero2").peak,
         )
     samples = stage.activations.samples

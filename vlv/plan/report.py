@@ -67,7 +67,7 @@ def parts(stage: Stage) -> Table:
         f"kept: for the backward pass, micro-batch {stage.activations.samples}"
     )
     table.add_column("part")
-    for name in ("M params", "M learn", "for caches GF", "forward", "recomputed", "backward", "in a step", "kept GiB"):
+    for name in ("M params", "M trainable", "caches GF", "forward", "recomputed", "backward", "in a step", "kept GiB"):
         table.add_column(name, justify="right")
     for part in stage.parts:
         table.add_row(
