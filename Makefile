@@ -4,6 +4,7 @@
 # make coverage     the coverage of the tests that need no server and train nothing, and its floor
 # make kills        20 trainings killed at random (SEED=0), each held to the bytes of an uninterrupted one
 # make lint         ruff and mypy
+# make docs         the documentation site, in work/site (an environment of its own for mkdocs; the build needs no network)
 # make lock         write requirements.lock from the environment as it is (needs uv, for the hashes)
 # make variant      a control beside the headline: the pipeline up to evaluate in a clone of its own (work/variants)
 #                   with some values changed; its figures and curves go to metrics/variants and plots/variants
@@ -27,12 +28,13 @@ SEED ?= 0
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DELETE_ON_ERROR:
-.PHONY: full-train check coverage test kills lint lock variant clean env
+.PHONY: full-train check coverage test kills lint docs lock variant clean env
 
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 INSTALL = $(if $(UV),$(UV) pip install --python $(BIN)/python --compile-bytecode,$(PIP) install) --quiet
 INSTALLED := .venv/.installed
+DOCS := .cache/docs-env
 # Two processes of one thread each: threads of several processes on the same cores wait for each other. Which process
 # takes which tests: tests/conftest.py.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadgroup --no-loadscope-reorder
@@ -57,6 +59,18 @@ lint: env
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
+
+# Broken links and pages outside the navigation are errors.
+docs: env $(DOCS)/bin/mkdocs
+	$(BIN)/python -m docs.generate
+	NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/mkdocs build --strict --quiet
+	@echo "The site is in work/site. To read it with its search: python -m http.server --directory work/site"
+
+$(DOCS)/bin/mkdocs: pyproject.toml
+	$(PYTHON) -m venv $(DOCS)
+	$(PYTHON) -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["docs"], sep="\n")' > $(DOCS)/docs.txt
+	$(DOCS)/bin/python -m pip --disable-pip-version-check install --quiet --requirement $(DOCS)/docs.txt
+	@touch $@
 
 env: $(INSTALLED)
 

@@ -110,22 +110,24 @@ def readme_shows_the_runs_figures(committed: Committed, scratch: Path) -> None:
         assert committed.json("metrics/evaluate.json")["profile"] == README_PROFILE
 
 
-def readme_shows_the_variants_figures(committed: Committed, scratch: Path) -> None:
-    """Each row of README that names its `make variant NAME=...`."""
+def results_page_shows_the_variants_figures(committed: Committed, scratch: Path) -> None:
+    """Each row of docs/results.md that names its `make variant NAME=...`."""
     rows = {
         found[1]: line
-        for line in committed.text("README.md").splitlines()
+        for line in committed.text("docs/results.md").splitlines()
         if (found := re.search(r"NAME=([\w-]+)", line))
     }
     measured = {name: committed.find(f"metrics/variants/{name}/evaluate.json") for name in rows}
     if not any(measured.values()):
-        pytest.skip("no variant that README shows is committed here")
+        pytest.skip("no variant that docs/results.md shows is committed here")
     for name, text in measured.items():
-        assert text is not None, f"README shows {name}, but metrics/variants/{name}/evaluate.json is not committed"
+        assert text is not None, (
+            f"docs/results.md shows {name}, but metrics/variants/{name}/evaluate.json is not committed"
+        )
         captions, drawn = json.loads(text)["scenes"], json.loads(text)["reconstruction"]
         figures = [captions["object_recall"], captions["exact_match"], drawn["object_recall"]]
         wanted = " | ".join([*(f"{figure:.3f}" for figure in figures), f"{drawn['psnr']:.2f}"])
-        assert f"| {wanted} |" in rows[name], f"README's row of {name}: its figures are {wanted}"
+        assert f"| {wanted} |" in rows[name], f"docs/results.md, row of {name}: its figures are {wanted}"
 
 
 def benchmarks_page_shows_what_was_measured(committed: Committed, scratch: Path) -> None:
@@ -141,11 +143,11 @@ RULES: dict[str, Rule] = {
         data_is_pinned_for_these_parameters,
         lock_is_of_these_parameters,
         readme_shows_the_runs_figures,
-        readme_shows_the_variants_figures,
+        results_page_shows_the_variants_figures,
         benchmarks_page_shows_what_was_measured,
     )
 }
-FILES = ("README.md", "params.yaml", "data.dvc", "dvc.lock", "metrics", "configs", "benchmarks")
+FILES = ("README.md", "docs/results.md", "params.yaml", "data.dvc", "dvc.lock", "metrics", "configs", "benchmarks")
 
 
 @pytest.mark.parametrize("name", RULES)

@@ -1,4 +1,6 @@
-"""No command of README, of make or of the flow makes a connection that nobody asked for: a listener hears nothing."""
+"""No command of README, docs/operate.md, make or the flow connects to a host that nobody named: a listener hears
+nothing.
+"""
 
 import os
 import shutil
@@ -52,7 +54,7 @@ def _running(command: list[str], project: Path, env: dict[str, str]) -> Iterator
 
 @contextmanager
 def _prefect_server(project: Path, listener: Listener) -> Iterator[dict[str, str]]:
-    """Started as README does it; yields the environment that leads there."""
+    """Started as docs/operate.md does it; yields the environment that leads there."""
     port = servers.free_port()
     url = f"http://127.0.0.1:{port}/api"
     env = _environment(listener, PREFECT_HOME=str(project / ".prefect"), PREFECT_API_URL=url)

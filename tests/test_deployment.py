@@ -1,4 +1,4 @@
-"""README's section "with a server": real Prefect server, pool, worker, deployment; real MLflow server and registry."""
+"""docs/operate.md as a test: real Prefect server, pool, worker, deployment; real MLflow server and registry."""
 
 import base64
 import json
@@ -71,7 +71,7 @@ def _check_runs(client: MlflowClient, register_run: str) -> None:
 
 
 def _predict(project: Path, url: str, scratch: Path) -> list[str]:
-    """The first test image, sent as README says."""
+    """The first test image, sent as docs/operate.md says."""
     image = next((project / "work" / "evaluate" / "pictures").glob("*-original.png")).read_bytes()
     question, answer = scratch / "images.json", scratch / "captions.json"
     rows = {"columns": ["image"], "data": [[base64.b64encode(image).decode()]]}

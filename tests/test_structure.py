@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parents[1]
 # Each level imports from lower ones only. Parts of one level do not know each other, except at the bottom.
 _BOTTOM = 0
 _LEVELS = {
-    3: {"cli", "__main__"},
+    3: {"api", "cli", "__main__"},
     2: {"stages", "tiny", "plan", "convert", "inference"},
     1: {"data", "models", "training", "evaluation", "registry"},
     0: {"config", "inputs", "io", "rng", "tracking"},
@@ -63,7 +63,8 @@ def _wrong_imports(path: Path) -> Iterator[str]:
     for dotted in _imports(_tree(path)):
         other, top = _part(dotted), dotted.split(".")[0]
         if own == "__init__":
-            yield f"{dotted}: the package itself imports nothing"
+            if dotted not in {"typing.TYPE_CHECKING", "typing.Any", "vlv.api"}:
+                yield f"{dotted}: the package itself imports the public names alone, when they are used"
         elif top in {"prefect", "dvc", "flows", "tests"}:
             yield f"{dotted}: the library does not know it"
         elif top == "mlflow" and own not in {"tracking", "registry"}:

@@ -120,7 +120,7 @@ def version() -> None:
 
 @app.command()
 def run(
-    stage: Annotated[StageName, typer.Argument(help="The stage to run, whether it is stale or not.")],
+    stage: Annotated[StageName, typer.Argument(help="The stage to run.")],
     adopt: Annotated[
         bool,
         typer.Option(
@@ -247,7 +247,7 @@ def config_show() -> None:
 
 @app.command()
 def doctor() -> None:
-    """Check this machine and this project; exit code 1 if something is in the way."""
+    """Check this machine and this project. Exit code 1: there is a problem, and its remedy is shown."""
     from vlv.cli.doctor import examine
 
     colours = {"ok": "green", "note": "yellow", "problem": "red"}

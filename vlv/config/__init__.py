@@ -36,7 +36,7 @@ RENAMED: dict[str, str] = {
 class Config(Section):
     """A whole params.yaml."""
 
-    profile: str
+    profile: str = Field(description="name of the profile in configs/ that this file is a copy of")
     data: Data
     encoder: Encoder
     decoder: Decoder

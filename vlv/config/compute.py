@@ -10,8 +10,8 @@ from vlv.config.section import Positive, Section
 class LaunchByStage(Section):
     """An accelerate configuration file for each training stage; null: one process."""
 
-    stage1: str | None = None
-    stage2: str | None = None
+    stage1: str | None = Field(default=None, description="file for Stage 1")
+    stage2: str | None = Field(default=None, description="file for Stage 2")
 
 
 class Compute(Section):

@@ -15,10 +15,10 @@ class ScenesSource(Section):
 
     kind: Literal["scenes"]
     sprites: str = Field(description="asset reference to Twemoji's 72x72 PNG files")
-    train: Positive
-    validation: Positive
-    test: Positive
-    seed: int = 0
+    train: Positive = Field(description="samples of the training split")
+    validation: Positive = Field(description="samples of the validation split")
+    test: Positive = Field(description="samples of the test split")
+    seed: int = Field(default=0, description="of the scenes, their drawing and their captions")
 
     @property
     def assets(self) -> list[str]:
@@ -43,8 +43,8 @@ class DataGate(Section):
 
     min_side: Positive = Field(description="pixels, shorter side")
     max_aspect: Annotated[float, Field(ge=1.0)] = Field(description="longer side / shorter side")
-    caption_words_min: Annotated[int, Field(ge=0)]
-    caption_words_max: Positive
+    caption_words_min: Annotated[int, Field(ge=0)] = Field(description="words of the shortest caption")
+    caption_words_max: Positive = Field(description="words of the longest caption")
     max_duplicate_share: Share = Field(description="share of samples whose image bytes appear elsewhere")
     captions_required: bool = Field(description="false: samples may lack a caption, which is enough for Stage 1")
     min_share_held: Share = Field(

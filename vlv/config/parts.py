@@ -13,7 +13,7 @@ class Encoder(Section):
     pretrained: str = Field(description="reference to a Florence-2 in Hugging Face form")
     weights: Weights = Field(description="'random' keeps the architecture and draws new weights (a control)")
     architecture: str | None = Field(
-        default=None, description="folder with config.json, where the weights are not at hand"
+        default=None, description="folder with config.json, where the weights are not available"
     )
     image_size: Positive = Field(description="pixels; the vision tower's input (paper: 768)")
     prompt: str = Field(description="task prompt that follows the image features; may be empty")
@@ -32,7 +32,7 @@ class Encoder(Section):
     dropout: Annotated[float, Field(ge=0, lt=1)] = Field(
         default=0.0,
         description="in the encoder's language model, wherever a training computes it (release: 0.1); our trainings "
-        "see an image a few times only, and fused attention cannot take masks that do not depend on who computes them",
+        "see an image only a few times, and fused attention cannot take masks that are independent of the process",
     )
     drop_path: Annotated[float, Field(ge=0, lt=1)] = Field(
         default=0.0,
@@ -55,8 +55,10 @@ class Decoder(Section):
     pretrained: str = Field(
         description="reference to a diffusers folder: vae, unet or transformer, text encoders, tokenizers, scheduler"
     )
-    weights: Weights
-    architecture: str | None = None
+    weights: Weights = Field(description="'random' keeps the architecture and draws new weights")
+    architecture: str | None = Field(
+        default=None, description="folder with the configurations, where the weights are not available"
+    )
     image_size: Positive = Field(description="pixels; what it draws (paper: 384)")
     use_text_encoder: bool = Field(
         description="True: caption embeddings pass the frozen text encoder (the paper's headline); "
@@ -107,8 +109,10 @@ class LanguageModel(Section):
     """The causal language model that writes the caption."""
 
     pretrained: str = Field(description="reference to a causal LM and its tokenizer, any Auto class")
-    weights: Weights
-    architecture: str | None = None
+    weights: Weights = Field(description="'random' keeps the architecture and draws new weights")
+    architecture: str | None = Field(
+        default=None, description="folder with the configurations, where the weights are not available"
+    )
     prefix_width: Positive = Field(description="hidden width of the MLP between context and LM")
     standardise_context: bool = Field(
         default=False, description="the MLP sees the context less its mean over the training images, divided by its std"

@@ -12,10 +12,12 @@ class Evaluate(Section):
 
     captions: Positive = Field(description="test scenes or images to caption")
     reconstructions: Positive = Field(description="test images to reconstruct; FID uses as many")
-    guidance: Annotated[float, Field(ge=1.0)]
+    guidance: Annotated[float, Field(ge=1.0)] = Field(
+        description="classifier-free guidance of reconstructions; 1: none"
+    )
     steps: Positive = Field(description="sampler steps")
-    seed: int
-    batch_size: Positive
+    seed: int = Field(description="of the noise; image i takes seed + i")
+    batch_size: Positive = Field(description="images at a time")
     feature_network: str | None = Field(description="asset reference to the Inception network; null: no FID")
     sentence_model: str | None = Field(
         default=None, description="asset reference to a sentence-embedding model; null: no caption similarity"
@@ -40,8 +42,8 @@ class Evaluate(Section):
 class Register(Section):
     """Registration and promotion."""
 
-    captioner_name: str
-    autoencoder_name: str
+    captioner_name: str = Field(description="registered model of Stage 2")
+    autoencoder_name: str = Field(description="registered model of Stage 1")
     promote: bool = Field(description="the flow promotes the new version if it passes the gates")
 
 

@@ -11,17 +11,21 @@ from vlv.config.section import Positive, Precision, Section, Share
 class Optimizer(Section):
     """AdamW with an LR schedule, and learning rates by group of parameters."""
 
-    learning_rate: Annotated[float, Field(gt=0)]
+    learning_rate: Annotated[float, Field(gt=0)] = Field(description="of all parameters that no group has a rate for")
     group_rates: dict[str, Annotated[float, Field(gt=0)]] = Field(
         default_factory=dict, description="prefix of parameter names -> their learning rate; the longest prefix wins"
     )
-    betas: Annotated[list[float], Field(min_length=2, max_length=2)]
-    weight_decay: Annotated[float, Field(ge=0)]
-    warmup_steps: Annotated[int, Field(ge=0)]
-    schedule: Literal["constant", "cosine", "hold_then_linear"]
+    betas: Annotated[list[float], Field(min_length=2, max_length=2)] = Field(
+        description="AdamW's decay of both averages"
+    )
+    weight_decay: Annotated[float, Field(ge=0)] = Field(description="AdamW's, on all trained tensors")
+    warmup_steps: Annotated[int, Field(ge=0)] = Field(
+        description="steps in which the rate rises linearly to its full value"
+    )
+    schedule: Literal["constant", "cosine", "hold_then_linear"] = Field(description="LR schedule after the warm-up")
     hold_share: Share = Field(default=0.5, description="hold_then_linear: share of the steps at the full learning rate")
     final_rate_share: Share = Field(default=0.0, description="learning rate at the last step / full learning rate")
-    clip_norm: Annotated[float, Field(gt=0)]
+    clip_norm: Annotated[float, Field(gt=0)] = Field(description="largest norm of all gradients together")
     ema_decay: Annotated[float, Field(ge=0, lt=1)] = Field(
         default=0.0,
         description="of the moving average of the weights, which is what is saved in the end; 0: no average",
@@ -34,12 +38,14 @@ class Timesteps(Section):
     mode: Literal["uniform", "stratified", "logit_normal", "fixed"] = Field(
         description="logit_normal: mostly medium noise, as Stable Diffusion 3 was trained"
     )
-    fixed: Annotated[int, Field(ge=0, lt=1000)] = 0
+    fixed: Annotated[int, Field(ge=0, lt=1000)] = Field(default=0, description="the timestep of the mode fixed")
     high_noise_share: Share = Field(
         default=0.0,
         description="share of timesteps from [high_noise_from, 1000), where the context matters most",
     )
-    high_noise_from: Annotated[int, Field(ge=0, lt=1000)] = 600
+    high_noise_from: Annotated[int, Field(ge=0, lt=1000)] = Field(
+        default=600, description="first timestep that counts as high noise"
+    )
 
 
 class Training(Section):
@@ -48,7 +54,7 @@ class Training(Section):
     steps: Positive = Field(description="optimizer steps")
     batch_size: Positive = Field(description="samples in one optimizer step, over all processes")
     accumulation: Positive = Field(default=1, description="micro-batches in one step; divides batch_size")
-    precision: Precision
+    precision: Precision = Field(description="of the arithmetic; bf16: autocast, trained parameters stay in float32")
     gradient_checkpointing: bool = Field(
         default=False,
         description="recompute activations in the backward pass: less memory, and one more forward pass of all parts "
@@ -59,7 +65,7 @@ class Training(Section):
         description="how weights of frozen Linear and convolution layers are stored; bf16 halves them and needs "
         "precision bf16",
     )
-    seed: int
+    seed: int = Field(description="of new weights, noise and the order of samples")
     checkpoint_every: Positive = Field(description="steps")
     log_every: Positive = Field(description="steps")
     optimizer: Optimizer
@@ -82,7 +88,7 @@ class Stage1(Training):
         description="what is trained in the encoder besides queries and projection (vlv/config/trainable.py)"
     )
     noise_samples_per_image: Positive = Field(description="noise samples for each encoded image; divides batch_size")
-    loss: Literal["mse", "l1"]
+    loss: Literal["mse", "l1"] = Field(description="between the prediction and its target")
     timesteps: Timesteps
     same_noise: bool = Field(default=False, description="one noise tensor for the whole batch")
     cache_latents: bool = Field(description="compute the VAE's mean and std once and keep them on disk")
@@ -111,7 +117,7 @@ class Stage1(Training):
 class Lora(Section):
     """Low-rank adapters in the language model (Hu et al., arXiv 2106.09685), for a `learn` that trains adapters."""
 
-    rank: Positive = 16
+    rank: Positive = Field(default=16, description="width of an adapter")
     alpha: Positive = Field(default=32, description="the adapters' output is scaled by alpha / rank")
     targets: list[str] = Field(
         default_factory=lambda: ["q_proj", "k_proj", "v_proj", "o_proj"],

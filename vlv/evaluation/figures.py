@@ -53,23 +53,51 @@ def plot_scores(groups: Mapping[str, Mapping[str, float]], title: str, path: Pat
 
 
 def card(kind: str, settings: Config) -> str:
-    """README.md of a saved model."""
-    what = {
-        "autoencoder": "Stage 1: images -> caption embeddings, trained through a frozen diffusion decoder "
-        "on images alone (no caption was read).",
-        "captioner": "Stage 2: caption embeddings -> prefix of a causal language model, trained on "
-        "image-caption pairs.",
+    """README.md of a saved model, `kind` "autoencoder" or "captioner"."""
+    name, what, use, trained = {
+        "autoencoder": (
+            "Autoencoder",
+            "Stage 1: from an image to caption embeddings, and from these to the image again. It was trained on images "
+            "alone, through a frozen text-to-image model; it has read no caption.",
+            'autoencoder.embed(["photo.jpg"]), autoencoder.reconstruct(["photo.jpg"])',
+            settings.stage1.learn,
+        ),
+        "captioner": (
+            "Captioner",
+            "Stage 2: from an image to a caption. Caption embeddings become the prefix of a causal language model, "
+            "which was trained on image-caption pairs.",
+            'captioner.caption(["photo.jpg"])',
+            settings.stage2.learn,
+        ),
     }[kind]
-    learned = settings.stage1.learn if kind == "autoencoder" else settings.stage2.learn
-    path = "through the frozen text encoder" if settings.decoder.use_text_encoder else "direct"
+    path = "they pass the frozen text encoder" if settings.decoder.use_text_encoder else "they are the context"
     return f"""# VLV {kind} ({settings.profile})
 
 {what}
 
-- trained tensors: model.safetensors (what learned: {learned})
-- conditioning: {path}, {settings.encoder.queries} queries
-- frozen parts: named in config.json with the hash of their contents; loading checks them
-- data: {settings.data.source.kind}, {settings.data.image_size} pixels
-- made by: `dvc repro` with the configuration in config.json
 - method: Vision-Language-Vision auto-encoder, arXiv 2507.07104
+- made by: `dvc repro`, with the configuration in config.json
+- data: {settings.data.source.kind}, {settings.data.image_size} pixels
+- trained tensors: model.safetensors (`learn: {trained}`)
+- caption embeddings: {settings.encoder.queries} an image; {path}
+- frozen parts: config.json names them with the hash of their contents, and loading checks it
+
+## Use
+
+```python
+from vlv import {name}
+
+{kind} = {name}.from_pretrained("FOLDER")  # this folder
+{use}
+```
+
+## Figures and baselines
+
+Evaluation comes after training: metrics/evaluate.json of the same run has the figures, with baselines and upper bounds.
+A registered version has them in its tag `figures` (`vlv models`).
+
+## Limits and licence
+
+The model knows images like those it was trained on. Captions may be wrong and are not fit for decisions about people.
+The trained tensors have the licence of the project (Apache-2.0), unless that of a frozen part or of the data says more.
 """
