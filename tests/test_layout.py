@@ -15,7 +15,7 @@ _LONGEST_FUNCTION = 60
 # The training loop is read from top to bottom.
 _LONG_BY_DESIGN = {("loop.py", "train")}
 _QUESTIONS = 10
-_BACKQUOTED = re.compile(r"`([^`]+)`")
+_PLACE = re.compile(r"`([\w.-]+(?:/[\w.-]+)+|\w+\.yaml)(?::(\w+))?`")
 
 
 def _sources() -> list[Path]:
@@ -61,8 +61,7 @@ def _rows() -> list[list[str]]:
 
 def _places(cell: str) -> list[tuple[str, str]]:
     """(path, symbol or "") for each `path` or `path:symbol` of a cell."""
-    found = [text.partition(":") for text in _BACKQUOTED.findall(cell) if "/" in text or "." in text]
-    return [(path, symbol) for path, _, symbol in found]
+    return _PLACE.findall(cell)
 
 
 def test_the_table_of_changes_names_files_and_definitions_that_exist() -> None:

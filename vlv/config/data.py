@@ -1,6 +1,6 @@
 """The raw data under data/ and the gate it passes."""
 
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
@@ -13,6 +13,7 @@ Encoding = Literal["png", "jpeg"]  # how images that were cut are stored
 class ScenesSource(Section):
     """Emoji scenes, which vlv.tiny.scenes draws."""
 
+    module: ClassVar[str | None] = "vlv.tiny.scene_source"  # what makes the samples (vlv/data/sources.py)
     kind: Literal["scenes"]
     sprites: str = Field(description="asset reference to Twemoji's 72x72 PNG files")
     train: Positive = Field(description="samples of the training split")
@@ -29,6 +30,7 @@ class ScenesSource(Section):
 class ImportedSource(Section):
     """Images that `vlv data import` imported. The data's manifest says where they come from."""
 
+    module: ClassVar[str | None] = None  # nothing is made
     kind: Literal["imported"]
     description: str | None = Field(default=None, description="which images the profile is made for; only for readers")
 

@@ -19,10 +19,6 @@ from vlv.io import files
 
 logger = logging.getLogger(__name__)
 
-# Kind of a drawn source -> the module that draws it, imported by this name when it is needed. The module has
-# `VERSION` (an int; another version makes the data again) and `draw(wanted, paths, progress) -> Drawn`. No stage
-# runs this code, so it is no root of a stage's inputs: the stages depend on the bytes of data/.
-_DRAWN = {"scenes": "vlv.tiny.scene_source"}
 # The settings of data whose manifest does not name them. They are not written, so older data keeps its bytes.
 _DEFAULTS = {"resize": "bicubic"}
 
@@ -45,7 +41,7 @@ def materialise(wanted: config.Data, paths: config.Paths, data: Path, progress: 
         AssetError: the pictures that a source draws with cannot be had.
     """
     settings = describe(wanted)
-    if wanted.source.kind == "imported":
+    if wanted.source.module is None:
         return _imported(data, settings)
     try:
         manifest = shards.read_manifest(data)
@@ -72,13 +68,19 @@ def describe(wanted: config.Data) -> dict[str, Any]:
     sizes: dict[str, Any] = {"image_size": wanted.image_size, "shard_size": wanted.shard_size}
     if wanted.resize != _DEFAULTS["resize"]:
         sizes["resize"] = wanted.resize
-    if wanted.source.kind == "imported":
+    if wanted.source.module is None:
         return {"kind": "imported"} | sizes
     return wanted.source.model_dump() | sizes | {"version": _module(wanted).VERSION}
 
 
 def _module(wanted: config.Data) -> Any:
-    return importlib.import_module(_DRAWN[wanted.source.kind])
+    """The module that the section of the source names, imported when it is needed.
+
+    It has `VERSION` (an int; another version makes the data again) and `draw(wanted, paths, progress) -> Drawn`. No
+    stage runs this code, so it is no root of a stage's inputs: the stages depend on the bytes of data/.
+    """
+    assert wanted.source.module is not None
+    return importlib.import_module(wanted.source.module)
 
 
 def _difference(manifest: Manifest, settings: dict[str, Any]) -> str | None:
