@@ -14,7 +14,7 @@ from tests import projects
 from vlv.io import files
 
 PRETEND = Path(__file__).with_name("pretend.py")
-# Much of what a step can be: latents from the cache and images decoded, samples of like length, an encoder that learns.
+# Covers many options: cached latents, decoded images, samples grouped by length, a trainable encoder.
 CHANGES: dict[str, dict[str, Any]] = {
     "stage1": {"cache_features": False, "steps": 8, "checkpoint_every": 2},
     "stage2": {"learn": "mlp+llm+encoder", "batching": "bucketed", "steps": 8},
@@ -50,7 +50,7 @@ def test_a_training_that_began_on_a_cpu_resumes_on_the_accelerator(tmp_path: Pat
     stages = "import pathlib, vlv.config, vlv.stages as s; paths = vlv.config.Paths(pathlib.Path.cwd())"
     _succeeds(projects.python("-c", "; ".join([stages, *(f"s.run('{stage}', paths)" for stage in STAGES)])), cpu)
 
-    # As a user does; the captioner that `vlv caption` finds is the one just trained.
+    # As a user does; `vlv caption` finds the captioner that was just trained.
     use = ["caption work/evaluate/pictures -o captions.json", "reconstruct work/evaluate/pictures -o drawn --steps 2"]
     told = _succeeds(projects.python(str(PRETEND), *(f"run {stage}" for stage in STAGES), *use), other)
     assert "resuming from step" in told
@@ -69,7 +69,7 @@ def test_a_training_that_began_on_a_cpu_resumes_on_the_accelerator(tmp_path: Pat
 
 
 def _succeeds(command: list[str], project: Path) -> str:
-    """What it said on the side."""
+    """Run a command that must succeed; return its standard error."""
     done = projects.run(command, project)
     assert done.returncode == 0, done.stderr
     return done.stderr

@@ -1,4 +1,4 @@
-"""A training belongs to its code; an unfinished one of other code is gone on with only where that is asked for."""
+"""An unfinished training of other code is continued only on request."""
 
 import shutil
 from pathlib import Path
@@ -11,7 +11,7 @@ from vlv.io import files
 pytestmark = pytest.mark.training
 
 
-def test_other_code_begins_anew_unless_the_training_is_adopted(trained_smoke: Path, trained: Path) -> None:
+def test_other_code_starts_again_unless_the_training_is_adopted(trained_smoke: Path, trained: Path) -> None:
     shutil.rmtree(trained / "work" / "stage1")
     assert projects.kill_after(trained, "stage1", 4)
     (old,) = (trained / "work" / "stage1").glob("training-*")
@@ -25,7 +25,7 @@ def test_other_code_begins_anew_unless_the_training_is_adopted(trained_smoke: Pa
     assert refused.returncode == 2 and "dvc repro stage1" in refused.stderr
     done = projects.run(projects.python("-m", "vlv", "run", "stage1", "--adopt"), trained)
     assert done.returncode == 0, done.stderr
-    assert not old.exists() and "Going on with" in done.stdout
+    assert not old.exists() and "Continuing" in done.stdout
     (adopted,) = files.read_json(trained / "metrics" / "stage1.json")["adopted"]
     assert adopted["changed"] == ["vlv.training.loop"] and adopted["step"] in (4, 8)
     name = "work/stage1/model/model.safetensors"

@@ -21,7 +21,7 @@ from vlv.models.captioner import Captioner as CaptionerModel
 
 @pytest.fixture(scope="module")
 def folder(paths: Paths, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder as the docstrings have it: untrained models of the smoke profile, profiles, two pictures."""
+    """A folder that fits the docstrings: untrained models of the smoke profile, profiles, two pictures."""
     folder, settings = tmp_path_factory.mktemp("api"), profile("smoke")
     AutoencoderModel.build(settings, paths).save(folder / "work/stage1/model", settings, paths, "A card.")
     CaptionerModel.build(settings, paths).save(folder / "work/stage2/model", settings, paths, "A card.")
@@ -60,7 +60,7 @@ def test_type_checkers_read_the_installed_package() -> None:
     assert settings["tool"]["setuptools"]["package-data"]["vlv"] == ["py.typed"]
 
 
-def test_what_is_not_public_is_no_attribute() -> None:
+def test_private_names_are_not_attributes() -> None:
     with pytest.raises(AttributeError, match="has no attribute 'Encoder'"):
         vlv.Encoder  # noqa: B018
     assert set(dir(vlv)) == set(vlv.__all__)

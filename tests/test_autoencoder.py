@@ -1,4 +1,4 @@
-"""Stage 1's model: what learns, what never moves, and the loss against stock modules."""
+"""Stage 1's model: which parameters are trained, which stay frozen, and the loss against stock modules."""
 
 import pytest
 import torch
@@ -22,7 +22,7 @@ def _batch(count: int = 3) -> Stage1Batch:
 
 
 @pytest.mark.parametrize("direct", [False, True])
-def test_after_three_steps_all_frozen_tensors_are_the_same_bits(
+def test_after_three_steps_all_frozen_tensors_are_bit_identical(
     smoke: config.Config, paths: Paths, direct: bool
 ) -> None:
     decoder = smoke.decoder.model_copy(update={"use_text_encoder": not direct})
@@ -38,7 +38,7 @@ def test_after_three_steps_all_frozen_tensors_are_the_same_bits(
     assert model.encoder.queries.grad is not None and model.encoder.queries.grad.abs().max() > 0
     assert all(p.grad is None for p in model.parameters() if not p.requires_grad)
     without_gradient = [n for n, p in model.named_parameters() if p.requires_grad and p.grad is None]
-    assert not without_gradient, "learning, but nothing reads them"
+    assert not without_gradient, "trainable, but nothing reads them"
     moved = {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])}
     assert moved <= learning and "encoder.queries" in moved
 
@@ -60,7 +60,7 @@ def test_loss_and_gradient_equal_the_formula_composed_from_stock_modules(smoke: 
     latents = posterior.mean + posterior.std * torch.randn(posterior.mean.shape, generator=draw)
     noise = torch.randn(latents.shape, generator=draw)
     t = torch.full((3,), 500)
-    image_states = florence.model.get_image_features(x).pooler_output  # this encoder's mean and std are 0.5
+    image_states = florence.model.get_image_features(x).pooler_output  # this encoder's image mean and std are 0.5
     states = florence.model.language_model.encoder(inputs_embeds=image_states).last_hidden_state
     queries = model.encoder.queries.expand(3, -1, -1)
     decoded = florence.model.language_model.decoder(inputs_embeds=queries, encoder_hidden_states=states)
@@ -74,7 +74,7 @@ def test_loss_and_gradient_equal_the_formula_composed_from_stock_modules(smoke: 
     assert F.cosine_similarity(ours.flatten(), theirs.flatten(), dim=0) >= 0.9999
 
 
-def test_saved_and_loaded_it_is_the_same_and_strict(smoke: config.Config, paths: Paths, tmp_path) -> None:  # type: ignore[no-untyped-def]
+def test_saving_and_loading_is_exact_and_strict(smoke: config.Config, paths: Paths, tmp_path) -> None:  # type: ignore[no-untyped-def]
     model = Autoencoder.build(smoke, paths)
     with torch.no_grad():
         model.encoder.queries.add_(1.0)

@@ -1,4 +1,4 @@
-"""The benchmarks run and say what they measured; how fast anything is, no test asks."""
+"""The benchmarks run and report what they measured; no test checks speed."""
 
 from pathlib import Path
 
@@ -9,7 +9,7 @@ from vlv.io import files
 
 
 @pytest.mark.training
-def test_every_pair_is_measured_in_turns(tmp_path: Path, ready_smoke: Path) -> None:
+def test_every_pair_is_measured_alternately(tmp_path: Path, ready_smoke: Path) -> None:
     file = tmp_path / "steps.json"
     command = ["-m", "benchmarks.steps", "--rounds", "2", "--output", str(file)]
     done = projects.run(projects.python(*command), projects.REPOSITORY, VLV_ROOT=str(ready_smoke), timeout=600)

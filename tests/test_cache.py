@@ -1,4 +1,4 @@
-"""Caches of frozen parts: what is current is kept, what is not is computed again or refused, and nothing overfills."""
+"""Caches of frozen parts: current files are kept, others computed again or refused, and no disk overfills."""
 
 import logging
 import re
@@ -14,7 +14,7 @@ MIB = 2**20
 
 
 class _Half:
-    """A frozen part: a MiB for each image, and how many images it has seen."""
+    """A frozen part that gives a MiB for each image and counts the images it has seen."""
 
     seen = 0
 
@@ -32,7 +32,7 @@ def _cache(root: Path, data: Path, compute: Compute, part: str = "a") -> ShardCa
     return ShardCache(root / "cache", "half", {"part": part}, data, "train", compute)
 
 
-def test_its_size_is_told_before_and_is_the_one_on_the_disk(
+def test_its_size_is_logged_in_advance_and_matches_the_disk(
     scene_data: Path, entries: list[shards.ShardEntry], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     cache = _cache(tmp_path, scene_data, _Half())
@@ -40,17 +40,17 @@ def test_its_size_is_told_before_and_is_the_one_on_the_disk(
         cache.fill(entries)
     told = next(float(found[1]) for found in (re.search(r"([0-9.]+) GiB in", m) for m in caplog.messages) if found)
     on_disk = sum(file.stat().st_size for file in cache.folder.glob("*.safetensors"))
-    assert told * 2**30 == pytest.approx(on_disk, rel=0.1)  # told with two decimals, 0.05
+    assert told * 2**30 == pytest.approx(on_disk, rel=0.1)  # logged with two decimals, 0.05
     assert on_disk == pytest.approx(sum(entry.samples for entry in entries) * MIB, rel=0.01)
 
 
-def test_only_what_is_missing_damaged_or_of_another_shard_is_computed(
+def test_only_missing_damaged_or_foreign_files_are_computed(
     scene_data: Path, entries: list[shards.ShardEntry], tmp_path: Path
 ) -> None:
     part = _Half()
     cache = _cache(tmp_path, scene_data, part)
     cache.fill(entries)
-    before = [cache.load(entry)["half"].clone() for entry in entries]  # files are mapped, and damaged below
+    before = [cache.load(entry)["half"].clone() for entry in entries]  # copies: files are mapped, and damaged below
     assert part.seen == sum(entry.samples for entry in entries)
     cache.fill(entries)
     assert part.seen == sum(entry.samples for entry in entries)
@@ -66,7 +66,7 @@ def test_only_what_is_missing_damaged_or_of_another_shard_is_computed(
 
 
 @pytest.mark.parametrize("damage", ["flipped", "zeroed", "of another shard", "gone", "a folder"])
-def test_damage_is_seen_when_a_file_is_opened_first_and_the_file_is_made_again(
+def test_damage_is_found_when_a_file_is_first_opened_and_the_file_is_computed_again(
     damage: str, scene_data: Path, entries: list[shards.ShardEntry], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     first = _cache(tmp_path, scene_data, _Half())
@@ -94,10 +94,10 @@ def test_damage_is_seen_when_a_file_is_opened_first_and_the_file_is_made_again(
     assert part.seen == entries[1].samples
     assert any(str(file) in message and "computing it anew" in message for message in caplog.messages)
     assert torch.equal(again.load(entries[0])["half"], first.load(entries[0])["half"])
-    assert part.seen == entries[1].samples  # what is whole is not computed
+    assert part.seen == entries[1].samples  # intact files are not computed
 
 
-def test_what_the_disk_has_no_room_for_is_not_begun(
+def test_a_cache_too_large_for_the_disk_is_not_started(
     scene_data: Path, entries: list[shards.ShardEntry], tmp_path: Path
 ) -> None:
     def terabytes(batch: torch.Tensor) -> dict[str, torch.Tensor]:

@@ -1,4 +1,4 @@
-"""A smoke of the campaign: that it finds faults where there are some, and holds where hostile files are read."""
+"""A smoke test of the campaign: it finds existing faults, and hostile files cause none."""
 
 import os
 import random
@@ -14,7 +14,7 @@ from tests.campaign.trials import Outcome, Tally
 
 pytestmark = pytest.mark.slow
 
-# In a process of its own: trials are forked, and a process that has used many threads cannot be.
+# In its own process: trials are forked, and a process that has used many threads cannot be forked safely.
 _HOSTILE = """
 import random, sys
 from pathlib import Path
@@ -30,7 +30,7 @@ print(outcome.code, outcome.held)
 """
 
 
-def test_hostile_files_are_held_and_faults_are_seen(tmp_path: Path) -> None:
+def test_hostile_files_are_handled_and_faults_are_found(tmp_path: Path) -> None:
     project = projects.bare(tmp_path / "project")
     env = projects.environment(OMP_NUM_THREADS="1")
     done = subprocess.run(

@@ -1,4 +1,4 @@
-"""Labels teach the caption and its end, and never padding or prefix."""
+"""Labels cover the caption and its end token, but no padding and no prefix."""
 
 from vlv.models import caption_tokens
 from vlv.tiny.pretrain_text import tokenizer
@@ -17,14 +17,14 @@ def test_labels_end_with_eos_and_ignore_padding() -> None:
         assert (ids[row, len(sequence) :] == words.pad_token_id).all()
 
 
-def test_the_end_is_learned_even_if_padding_is_the_end_token() -> None:
-    """Many models pad with <eos>; masking labels by value would then unlearn the end."""
+def test_the_end_is_learned_even_if_the_padding_token_is_the_end_token() -> None:
+    """Many models pad with <eos>; masking labels by value would then also mask the end."""
     ids, labels = caption_tokens.collate([[5, 6, 2], [7, 2]], pad=2)
     assert labels.tolist() == [[5, 6, 2], [7, 2, caption_tokens.IGNORED]]
     assert ids.tolist() == [[5, 6, 2], [7, 2, 2]]
 
 
-def test_a_cut_caption_keeps_no_end_and_is_counted() -> None:
+def test_a_cut_caption_has_no_end_token_and_is_counted() -> None:
     words = tokenizer()
     tokens = caption_tokens.tokenize(words, ["A dog is at the top left. A cat is at the center."], 5)
     assert tokens.cut == 1 and len(tokens.ids[0]) == 5 and words.eos_token_id not in tokens.ids[0]

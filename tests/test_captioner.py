@@ -1,4 +1,4 @@
-"""Stage 2's model against the stock language model, and that it stops at its end."""
+"""Stage 2's model against the stock language model; it stops at the end token."""
 
 from pathlib import Path
 
@@ -41,7 +41,7 @@ def test_loss_equals_the_stock_model_on_the_same_embeddings(captioner: Captioner
     assert ours.item() == pytest.approx(stock.loss.item(), rel=1e-5)
 
 
-def test_padding_changes_no_token_s_loss(captioner: Captioner) -> None:
+def test_padding_does_not_change_the_loss_of_a_token(captioner: Captioner) -> None:
     both = _batch(captioner, CAPTIONS)
     alone = [
         Stage2Batch(both.context[i : i + 1], *caption_tokens.collate([both.ids[i][both.labels[i] != -100].tolist()], 0))
@@ -63,23 +63,23 @@ def test_it_learns_two_captions_and_stops_by_itself(paths: Paths) -> None:
     assert captioner.eval().write(batch.context) == CAPTIONS
 
 
-def test_the_language_model_s_own_words_are_used(captioner: Captioner) -> None:
-    """AutoTokenizer would make a Qwen2Tokenizer here, whose ids are other words."""
+def test_the_language_models_own_tokenizer_is_used(captioner: Captioner) -> None:
+    """AutoTokenizer would build a Qwen2Tokenizer here, whose ids mean other words."""
     assert captioner.tokenizer.decode(captioner.tokenizer("A dog.")["input_ids"], skip_special_tokens=True) == "A dog."
 
 
-def test_new_weights_are_float32_whatever_the_shipped_ones_are(captioner: Captioner) -> None:
+def test_new_weights_are_float32_whatever_the_dtype_of_the_shipped_weights(captioner: Captioner) -> None:
     assert {p.dtype for p in captioner.parameters()} == {torch.float32}
 
 
-def test_what_learns_is_what_was_chosen(captioner: Captioner) -> None:
+def test_exactly_the_chosen_parts_are_trainable(captioner: Captioner) -> None:
     captioner.set_trainable(trainable.STAGE2["mlp"], trainable.STAGE1["all"])
     assert {n.split(".")[0] for n, p in captioner.named_parameters() if p.requires_grad} == {"prefix"}
     captioner.set_trainable(trainable.STAGE2["mlp+llm"], trainable.STAGE1["all"])
     assert {n.split(".")[0] for n, p in captioner.named_parameters() if p.requires_grad} == {"prefix", "language_model"}
 
 
-def test_labels_of_the_loss_shift_by_one(captioner: Captioner) -> None:
+def test_the_loss_shifts_labels_by_one(captioner: Captioner) -> None:
     """The first word is predicted from the prefix alone: changing later words must not change its loss."""
     a = Stage2Batch(torch.ones(1, 8, 128), torch.tensor([[5, 6, 7]]), torch.tensor([[5, -100, -100]]))
     b = Stage2Batch(a.context, torch.tensor([[5, 9, 11]]), a.labels)
@@ -91,7 +91,7 @@ def test_labels_of_the_loss_shift_by_one(captioner: Captioner) -> None:
     )
 
 
-def test_a_standardised_prefix_sees_differences_at_one_scale_and_is_saved_so(paths: Paths, tmp_path: Path) -> None:
+def test_a_standardised_prefix_scales_differences_to_one_and_is_saved(paths: Paths, tmp_path: Path) -> None:
     captioner = Captioner.build(_smoke(), paths)
     context = torch.randn(500, 8, 128) * 0.1 + 7.0
     before = captioner.prefix(context)

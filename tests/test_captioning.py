@@ -1,4 +1,4 @@
-"""`vlv data caption` against a real server that is slow, fails, limits, cuts answers, sends nonsense and refuses."""
+"""`vlv data caption` against a real server that is slow, fails, limits rates, cuts answers, and refuses."""
 
 import json
 import os
@@ -67,26 +67,26 @@ def test_every_image_ends_with_a_caption_or_a_reason(tmp_path: Path) -> None:
     with ModelServer(script) as server:
         report = caption(source, tmp_path / "out", server, question=question(server, timeout=0.6))
     kept = captions(tmp_path / "out")
-    twin = kept.pop("00.png", None) or kept.pop("copy.png")  # one file under two names: asked about once
+    twin = kept.pop("00.png", None) or kept.pop("copy.png")  # one file under two names: one request
     assert twin == model_server.caption(0)
     assert kept == expected(1, 2, 3, 4, 5, 14, 15, 16, 17)
     assert unusable(tmp_path / "out") == {
         "06.png": "refused", "07.png": "refused", "08.png": "refused", "09.png": "empty", "10.png": "empty",
         "11.png": "cut",
     }  # fmt: skip
-    # two cut off, two pieces of garbage, one that hung and one that trickled may have been billed
+    # two cut, two garbled, one hanging and one trickling answer may have been billed
     assert report.counts == {
         "caption": 10, "refused": 3, "empty": 2, "cut": 1, "rejected": 1, "failed": 1, "unreadable": 1, "repeated": 1,
         "lost": 6,
     }  # fmt: skip
     assert not report.complete
     assert report.tokens == [16 * TOKENS[0], 16 * TOKENS[1]]
-    assert server.asked.count(13) == 5  # one attempt and four more
+    assert server.asked.count(13) == 5  # one attempt and four retries
     assert server.asked.count(12) == 1
     assert {name for name, reason, _ in report.notes if reason == "failed"} == {"13.png"}
 
 
-def test_a_second_run_asks_only_about_images_without_an_answer(tmp_path: Path) -> None:
+def test_a_second_run_sends_only_images_without_an_answer(tmp_path: Path) -> None:
     source = model_server.write_images(tmp_path / "images", 8)
     with ModelServer({2: ["refusal"], 3: ["500"] * 9}) as server:
         caption(source, tmp_path / "out", server, question=question(server, retries=1))
@@ -110,7 +110,7 @@ def test_all_threads_wait_after_a_retry_after(tmp_path: Path) -> None:
         told = next(at for at, what in server.times if what.startswith("429"))
     assert report.counts == {"caption": 12}
     assert server.most_at_once == 4
-    # requests that were in progress when the answer came (20 ms later) are allowed
+    # requests already in progress when the answer came (20 ms later) are allowed
     assert not [at for at, _ in server.times if told + 0.1 < at < told + 0.5]
     with ModelServer({0: ["429:7200"]}) as server, pytest.raises(EndpointError, match="asks to wait 7200 s"):
         caption(source, tmp_path / "other", server)
@@ -143,18 +143,18 @@ def until(condition: Any, process: "subprocess.Popen[bytes]") -> None:
 
 
 @pytest.mark.slow
-def test_after_a_kill_no_answered_image_is_asked_about_again(tmp_path: Path) -> None:
+def test_after_a_kill_no_answered_image_is_sent_again(tmp_path: Path) -> None:
     source, output = model_server.write_images(tmp_path / "images", 14), tmp_path / "out"
     with ModelServer(hold_after=6) as server:
         child = subprocess.Popen(command(source, output, server), cwd=ROOT, stdout=subprocess.DEVNULL)
-        # All six that are answered are in the journal, and all connections wait for others.
+        # All six answers are in the journal, and all connections wait for other images.
         until(lambda: len(lines(output)) == 7 and server.at_once == 4, child)
         child.kill()
         assert child.wait() == -signal.SIGKILL
         before = list(server.answered)
     assert len(set(before)) == 6
     with (output / "journal.jsonl").open("a") as journal:
-        journal.write('{"sha256": "cut in the mid')  # what a kill during a write leaves
+        journal.write('{"sha256": "cut in the mid')  # as a kill during a write leaves it
     with ModelServer() as server:
         done = subprocess.run(command(source, output, server), cwd=ROOT, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr
@@ -179,14 +179,14 @@ def test_an_interrupt_keeps_the_answers_in_progress(tmp_path: Path) -> None:
 # --- money
 
 
-def test_the_cap_is_not_exceeded_and_can_be_raised(tmp_path: Path) -> None:
+def test_the_price_cap_is_not_exceeded_and_can_be_raised(tmp_path: Path) -> None:
     source, output = model_server.write_images(tmp_path / "images", 20), tmp_path / "out"
     with ModelServer({3: ["cut"]}, pause=0.02) as server:
         report = caption(source, output, server, prices=EACH, cap=8.0, concurrency=8)
         assert report.stopped is not None and "price cap of 8" in report.stopped and not report.complete
         billed = len(server.answered)
         assert report.cost <= 8.0 and billed >= 3
-        assert server.times[1][0] - server.times[0][0] > 0.02  # the first went alone, to learn what one costs
+        assert server.times[1][0] - server.times[0][0] > 0.02  # the first was sent alone, to learn the price of one
         more = caption(source, output, server, prices=EACH, cap=100.0, concurrency=8)
     assert more.counts["answered_before"] == billed and more.complete
     assert sorted(server.answered) == list(range(20))
@@ -194,14 +194,14 @@ def test_the_cap_is_not_exceeded_and_can_be_raised(tmp_path: Path) -> None:
     assert captions(output) == expected(*range(20))
 
 
-def test_a_limit_asks_about_a_few_images(tmp_path: Path) -> None:
+def test_a_limit_sends_only_a_few_images(tmp_path: Path) -> None:
     source = model_server.write_images(tmp_path / "images", 12)
     with ModelServer() as server:
         report = caption(source, tmp_path / "out", server, limit=3)
     assert len(server.asked) == 3 and report.counts["caption"] == 3 and report.stopped == "the limit of 3 images"
 
 
-# --- what cannot work ends at once
+# --- fatal errors
 
 
 @pytest.mark.parametrize(("status", "message"), [(401, "--key-env"), (404, "--base-url"), (402, "credit")])
@@ -210,7 +210,7 @@ def test_a_fatal_error_of_the_endpoint_ends_the_run(tmp_path: Path, status: int,
     with ModelServer({i: [str(status)] * 9 for i in range(5, 20)}) as server:
         with pytest.raises(EndpointError, match=message):
             caption(source, tmp_path / "out", server, concurrency=2)
-        assert captions(tmp_path / "out") == expected(*(i for i in server.answered))  # what was paid for is there
+        assert captions(tmp_path / "out") == expected(*(i for i in server.answered))  # paid answers are kept
     assert len(server.asked) < 12
 
 
@@ -271,7 +271,7 @@ def test_captions_reach_the_data(tmp_path: Path) -> None:
     table = pq.read_table(tmp_path / "data" / "train" / "samples.parquet").to_pylist()
     found = {row["url"]: row["caption"] for row in table}
     assert found.items() <= (expected(0, 1, 3, 4, 5) | {"02.png": None}).items()
-    with ModelServer() as server:  # our own shards are a source as well
+    with ModelServer() as server:  # our own shards are also a source
         report = caption(tmp_path / "data", tmp_path / "again", server)
     assert report.counts == {"caption": 6}
 
@@ -280,14 +280,14 @@ def test_captions_reach_the_data(tmp_path: Path) -> None:
     "I'm sorry, but I can't assist with that.", "I\u2019m unable to describe people.", "Sorry, no.",
     "I cannot describe this image.", "As an AI, I do not see.", "Unfortunately, I can't view images.",
 ])  # fmt: skip
-def test_refusals_in_words_never_become_captions(text: str) -> None:
+def test_verbal_refusals_never_become_captions(text: str) -> None:
     assert parse(json.dumps(model_server.completion(text)).encode()).kind == "refused"
 
 
 @pytest.mark.parametrize("text", [
     "A sign reads \"I'm sorry, we are closed\".", "Icebergs drift in a bay.", "An unfortunately placed sign.",
 ])  # fmt: skip
-def test_captions_are_not_taken_for_refusals(text: str) -> None:
+def test_captions_are_not_mistaken_for_refusals(text: str) -> None:
     assert parse(json.dumps(model_server.completion(text)).encode()).kind == "caption"
 
 

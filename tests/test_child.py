@@ -1,4 +1,4 @@
-"""A child process of the flow: its lines arrive as they come, and no process is left behind."""
+"""A child process of the flow: its lines arrive at once, and no process is left behind."""
 
 import os
 import sys
@@ -10,7 +10,7 @@ import pytest
 
 from flows import process as child
 
-# A parent with a child in a session of its own; both write their ids. `stubborn` ignores SIGTERM.
+# A parent whose child has its own session; the parent prints both ids. `stubborn` ignores SIGTERM.
 _FAMILY = """
 import os, pathlib, signal, subprocess, sys, time
 if "stubborn" in sys.argv:
@@ -27,7 +27,7 @@ def _run(code: str) -> tuple[child.Ended, list[str]]:
     return ended, lines
 
 
-def test_lines_arrive_whole_and_a_progress_bar_rarely() -> None:
+def test_lines_arrive_whole_and_progress_bars_are_thinned() -> None:
     code = (
         "import sys, time\n"
         "sys.stdout.write('one\\ntw'); sys.stdout.flush(); time.sleep(0.3)\n"
@@ -62,7 +62,7 @@ def test_an_exception_ends_the_child_and_its_descendants(mood: str) -> None:
     assert not [one for one in ids if psutil.pid_exists(one) and psutil.Process(one).status() != "zombie"]
 
 
-def test_processes_that_a_child_leaves_in_its_group_end_with_it() -> None:
+def test_processes_left_in_a_childs_group_end_with_it() -> None:
     code = (
         "import subprocess, sys\n"
         "other = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)'])\n"
@@ -71,6 +71,6 @@ def test_processes_that_a_child_leaves_in_its_group_end_with_it() -> None:
     start = time.monotonic()
     ended, lines = _run(code)
     assert ended.returncode == 0
-    assert time.monotonic() - start < 60  # it holds the pipe open, and we must not wait for that
+    assert time.monotonic() - start < 60  # that process keeps the pipe open, and we must not wait for it
     pid = int(lines[0])
     assert not psutil.pid_exists(pid) or psutil.Process(pid).status() == "zombie"

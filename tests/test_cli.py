@@ -1,4 +1,4 @@
-"""The command line: instant help, errors as answers, and the data commands on real (few) scenes."""
+"""The command line: instant help, errors as messages, and the data commands on a few real scenes."""
 
 import importlib
 import signal
@@ -26,7 +26,7 @@ def toy(tmp_path: Path, sprites: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def _vlv(*arguments: str) -> int:
-    """Run a command in this process; its exit code."""
+    """Run a command in this process; returns its exit code."""
     with pytest.raises(SystemExit) as ended:
         cli.app(list(arguments), prog_name="vlv")
     return int(ended.value.code or 0)
@@ -62,7 +62,7 @@ def test_every_command_has_help(capsys: pytest.CaptureFixture[str]) -> None:
         assert len(capsys.readouterr().out.split()) > 10
 
 
-def test_an_error_of_the_library_is_an_answer(toy: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_library_error_is_shown_as_a_message(toy: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert _vlv("config", "use", "nope") == cli.ANSWER
     errors = capsys.readouterr().err
     assert "no profile 'nope'" in errors and "tiny" in errors and "Traceback" not in errors
@@ -71,13 +71,13 @@ def test_an_error_of_the_library_is_an_answer(toy: Path, capsys: pytest.CaptureF
     assert "surprise" in capsys.readouterr().err
 
 
-def test_what_the_system_says_of_a_file_is_an_answer(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_system_error_about_a_file_is_shown_as_a_message(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     command = cli.App()
 
     @command.command()
     def write() -> None:
         (tmp_path / "file").write_text("")
-        files.write_text(tmp_path / "file" / "inside", "text")  # as on a full disk: the system names the path
+        files.write_text(tmp_path / "file" / "inside", "text")  # as on a full disk, the system's error names the path
 
     with pytest.raises(SystemExit) as ended:
         command([])
@@ -86,12 +86,12 @@ def test_what_the_system_says_of_a_file_is_an_answer(tmp_path: Path, capsys: pyt
     assert str(tmp_path / "file") in told.replace("\n", "") and "Traceback" not in told
 
 
-def test_a_bug_is_not_an_answer() -> None:
+def test_a_bug_is_not_shown_as_a_message() -> None:
     assert not cli.is_answer(KeyError("x")) and not cli.is_answer(RuntimeError("x"))
 
 
 @pytest.mark.parametrize("name", sorted(cli.EXIT_CODES))
-def test_errors_with_an_exit_code_of_their_own_exist(name: str) -> None:
+def test_errors_with_their_own_exit_code_exist(name: str) -> None:
     module, _, kind = name.rpartition(".")
     assert issubclass(getattr(importlib.import_module(module), kind), Exception)
 
@@ -108,7 +108,7 @@ def test_config_use_and_show(toy: Path, capsys: pytest.CaptureFixture[str]) -> N
     capsys.readouterr()
     assert _vlv("config", "show") == 0
     shown = yaml.safe_load(capsys.readouterr().out)
-    assert shown["register"]["promote"] is True and shown["stage1"]["accumulation"] == 1  # a default, filled in
+    assert shown["register"]["promote"] is True and shown["stage1"]["accumulation"] == 1  # a default
 
 
 def test_data_is_made_pinned_kept_refused_and_repaired(toy: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -120,7 +120,7 @@ def test_data_is_made_pinned_kept_refused_and_repaired(toy: Path, capsys: pytest
     shard = toy / "data" / "train" / "00001.tar"
     whole = shard.read_bytes()
     shard.write_bytes(whole[:-600] + b"?" + whole[-599:])
-    assert _vlv("data", "download", "--if-missing") == 0  # damage is not what it repairs
+    assert _vlv("data", "download", "--if-missing") == 0  # it does not repair damage
     assert shard.read_bytes() != whole
     capsys.readouterr()
     assert _vlv("data", "verify") == cli.ANSWER
@@ -130,7 +130,7 @@ def test_data_is_made_pinned_kept_refused_and_repaired(toy: Path, capsys: pytest
     assert _vlv("data", "verify") == 0
 
 
-def test_other_settings_make_other_data_with_a_pin_of_its_own(toy: Path) -> None:
+def test_other_settings_make_other_data_with_its_own_pin(toy: Path) -> None:
     assert _vlv("data", "download", "--if-missing") == 0
     before = (toy / "data.dvc").read_bytes()
     _change(toy, "source", test=9)
@@ -140,7 +140,7 @@ def test_other_settings_make_other_data_with_a_pin_of_its_own(toy: Path) -> None
 
 
 def test_the_same_settings_must_give_the_pinned_bytes(toy: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """A fresh clone: no data, no DVC cache, only the pin. What is made must be what was pinned."""
+    """A fresh clone has no data and no DVC cache, only the pin. The data made must be the pinned data."""
     assert _vlv("data", "download") == 0
     pinned = (toy / "data.dvc").read_text()
     for made in (toy / "data", toy / ".dvc" / "cache"):
@@ -148,7 +148,7 @@ def test_the_same_settings_must_give_the_pinned_bytes(toy: Path, capsys: pytest.
     assert _vlv("data", "download", "--if-missing") == 0
     assert (toy / "data.dvc").read_text() == pinned
     assert _vlv("data", "verify") == 0
-    # Another pin of the same settings: then the bytes differ from it, and nobody pins them anew in silence.
+    # With another pin for the same settings the bytes differ, and they are not silently pinned again.
     md5 = yaml.safe_load(pinned)["outs"][0]["md5"]
     (toy / "data.dvc").write_text(pinned.replace(md5, "0" * 32 + ".dir"))
     assert _vlv("data", "download", "--if-missing") == 0
@@ -157,7 +157,7 @@ def test_the_same_settings_must_give_the_pinned_bytes(toy: Path, capsys: pytest.
     assert "data.dvc" in capsys.readouterr().err
 
 
-def test_own_images_are_imported_and_pinned(toy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_users_images_are_imported_and_pinned(toy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     photos = tmp_path / "photos"
     photos.mkdir()
     rng = np.random.default_rng(0)

@@ -1,4 +1,4 @@
-"""A stage's inputs are the code that it runs, its settings and its parts: nothing less, and little more."""
+"""A stage's inputs are the code that it runs, its settings and its parts: all of them, and little else."""
 
 import functools
 import shutil
@@ -16,8 +16,8 @@ from vlv.inputs import closure, source
 from vlv.io import files
 from vlv.stages import inputs
 
-TRAINED = {"stage1", "stage2", "evaluate"}  # evaluate trains a control
-MODELS = TRAINED | {"register"}  # what is registered carries the code that serves it
+TRAINED = {"stage1", "stage2", "evaluate"}  # evaluate trains a baseline
+MODELS = TRAINED | {"register"}  # a registered version contains the code that serves it
 
 
 @pytest.fixture
@@ -71,7 +71,7 @@ def _replace(path: Path, old: str, new: str) -> None:
     ("data/gate.py", "min_value=gate.min_side", "min_value=gate.min_side + 1", {"validate"}),
     ("registry/serving.py", "self.captioner.caption(_pictures(model_input))", "[]", {"register"}),
 ], ids=lambda value: value if isinstance(value, str) and value.endswith(".py") else "")  # fmt: skip
-def test_a_change_that_decides_a_number_makes_its_stages_stale(
+def test_a_change_that_influences_a_number_makes_its_stages_stale(
     package: Path, file: str, old: str, new: str, stale: set[str]
 ) -> None:
     assert _changed(package, lambda: _replace(package / file, old, new)) == stale
@@ -81,7 +81,7 @@ def _add(path: Path, text: str) -> None:
     path.write_text(path.read_text(encoding="utf-8") + text, encoding="utf-8")
 
 
-def test_words_plots_logs_and_other_kinds_make_nothing_stale(package: Path) -> None:
+def test_messages_plots_logs_and_other_decoders_make_nothing_stale(package: Path) -> None:
     before = _unchanged("tiny")
     _replace(package / "models/encoder.py", "learnable queries and a projection.", "queries.")
     _replace(package / "training/ledger.py", "operations and money, summed", "money, summed")
@@ -133,9 +133,9 @@ def test_defaults_and_parts_are_inputs_and_cards_are_not(tmp_path: Path) -> None
         return {stage: inputs.inputs(stage, settings, paths) for stage in inputs.SETTINGS}
 
     before = found()
-    # A default, which no params.yaml shows.
+    # A default that is not in params.yaml.
     assert before["stage1"]["settings"]["stage1"]["same_noise"] is False
-    assert "accumulation" not in before["stage1"]["settings"]["stage1"]  # how a step is computed, not what
+    assert "accumulation" not in before["stage1"]["settings"]["stage1"]  # changes how a step is computed, not what
     card = tmp_path / "pretrained/tiny/encoder/README.md"
     card.write_text(card.read_text() + "One more word.\n")
     assert found() == before
@@ -145,12 +145,12 @@ def test_defaults_and_parts_are_inputs_and_cards_are_not(tmp_path: Path) -> None
     assert {stage for stage in before if before[stage] != after[stage]} == {"stage2", "evaluate", "validate"}
 
 
-def test_the_graph_depends_on_the_inputs_and_settings_of_the_library() -> None:
+def test_the_dvc_graph_depends_on_the_librarys_inputs_and_settings() -> None:
     graph: dict[str, Any] = yaml.safe_load((ROOT / "dvc.yaml").read_text(encoding="utf-8"))["stages"]
     assert sorted(graph["inputs"]["outs"]) == sorted(f"work/inputs/{stage}.json" for stage in inputs.SETTINGS)
     for stage, settings in inputs.SETTINGS.items():
         assert f"work/inputs/{stage}.json" in graph[stage]["deps"]
-        # A default that no params.yaml has to name is no parameter of DVC: the inputs hold it.
+        # A default that params.yaml need not name is not a DVC parameter: it is in the inputs.
         assert set(settings) - set(graph[stage]["params"]) <= {"data.resize"}
         assert set(graph[stage]["params"]) <= set(settings)
 
@@ -161,7 +161,7 @@ def test_every_function_that_a_stage_calls_is_in_its_inputs(smoke: Path) -> None
     done = projects.run(script, smoke, PYTHONPATH=str(smoke))
     assert done.returncode == 0, done.stderr
     called_by: dict[str, list[str]] = files.read_json(smoke / "called.json")
-    # The settings check themselves, what they say is an input; `reporting` tells a worker's parent of an error.
+    # Settings validate themselves, and their values are inputs; `reporting` sends a worker's error to its parent.
     beside = (*closure.NEUTRAL, "vlv.config", "vlv.stages:", "vlv.training.launch:reporting")
     for stage in inputs.SETTINGS:
         called = {name for name in called_by[stage] if not name.startswith(beside)}

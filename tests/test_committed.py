@@ -1,8 +1,7 @@
-"""What is committed fits together: each file is held to the others beside it, never to this repository's history.
+"""The committed files agree with each other; they are never compared with this repository's history.
 
-HEAD is read where this folder is a git repository, since whoever has just trained has other results in the work tree;
-an archive without git is what was committed. In a fork that trained something else, what only the shipped run can be
-held to is skipped by name.
+In a git repository HEAD is read, because the work tree may hold the results of a new training; an archive without git
+holds the committed files. In a fork that trained something else, rules for the shipped run are skipped by name.
 """
 
 import json
@@ -21,11 +20,11 @@ from vlv import config
 from vlv.config import Paths
 
 ROOT = Path(__file__).resolve().parents[1]
-README_PROFILE = "tiny"  # whose run README shows
+README_PROFILE = "tiny"  # the profile of the run in README
 
 
 class Committed:
-    """The committed files of a folder."""
+    """Reads the committed files of a folder."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -46,7 +45,7 @@ class Committed:
         return path.read_text(encoding="utf-8") if path.is_file() else None
 
     def text(self, name: str) -> str:
-        """A file's text; without it the test is skipped."""
+        """A file's text; the test is skipped if it is not committed."""
         found = self.find(name)
         if found is None:
             pytest.skip(f"{name} is not committed here: nothing to compare")
@@ -111,7 +110,7 @@ def readme_shows_the_runs_figures(committed: Committed, scratch: Path) -> None:
 
 
 def results_page_shows_the_variants_figures(committed: Committed, scratch: Path) -> None:
-    """Each row of docs/results.md that names its `make variant NAME=...`."""
+    """Check each row of docs/results.md that names its `make variant NAME=...`."""
     rows = {
         found[1]: line
         for line in committed.text("docs/results.md").splitlines()
@@ -151,13 +150,13 @@ FILES = ("README.md", "docs/results.md", "params.yaml", "data.dvc", "dvc.lock", 
 
 
 @pytest.mark.parametrize("name", RULES)
-def test_what_is_committed_fits_together(name: str, tmp_path: Path) -> None:
+def test_committed_files_agree(name: str, tmp_path: Path) -> None:
     RULES[name](Committed(ROOT), tmp_path)
 
 
 @pytest.fixture
 def archive(tmp_path: Path) -> Path:
-    """What is committed here, in a folder without git."""
+    """The committed files in a folder without git."""
     here, folder = Committed(ROOT), tmp_path / "archive"
     for path in (path for name in FILES for path in (sorted((ROOT / name).rglob("*")) or [ROOT / name])):
         name = path.relative_to(ROOT).as_posix()
@@ -168,7 +167,7 @@ def archive(tmp_path: Path) -> Path:
 
 
 def _outcomes(folder: Path, scratch: Path) -> dict[str, str]:
-    """What each rule says of a folder: passed, skipped or failed."""
+    """The outcome of each rule for a folder: passed, skipped or failed."""
     said = {}
     for name, rule in RULES.items():
         try:
@@ -181,13 +180,13 @@ def _outcomes(folder: Path, scratch: Path) -> dict[str, str]:
     return said
 
 
-def test_an_archive_without_git_says_the_same(archive: Path, tmp_path: Path) -> None:
+def test_an_archive_without_git_gives_the_same_outcomes(archive: Path, tmp_path: Path) -> None:
     assert not Committed(archive).has_git
     assert _outcomes(archive, tmp_path) == _outcomes(ROOT, tmp_path)
 
 
 def _train_something_else(fork: Path, changes: Callable[[Any], None]) -> None:
-    """What `dvc repro` with changed values leaves: other parameters, another lock, other figures."""
+    """Write what `dvc repro` with changed values writes: other parameters, another lock, other figures."""
     params = yaml.safe_load((fork / "params.yaml").read_text(encoding="utf-8"))
     changes(params)
     (fork / "params.yaml").write_text(yaml.safe_dump(params), encoding="utf-8")
@@ -204,20 +203,20 @@ def _train_something_else(fork: Path, changes: Callable[[Any], None]) -> None:
     (fork / "metrics" / "evaluate.json").write_text(json.dumps(evaluation), encoding="utf-8")
 
 
-def test_a_fork_that_trained_something_else_is_held_to_its_own(archive: Path, tmp_path: Path) -> None:
+def test_a_fork_with_another_training_is_checked_against_itself(archive: Path, tmp_path: Path) -> None:
     _train_something_else(archive, lambda params: params["stage1"].update(steps=77))
     outcomes = _outcomes(archive, tmp_path)
     assert "failed" not in outcomes.values()
     assert outcomes["lock_is_of_these_parameters"] == "passed"
     assert outcomes["parameters_are_a_profiles"] == outcomes["readme_shows_the_runs_figures"] == "skipped"
-    # and its own mistakes are still found: parameters changed after the run
+    # its own mistakes are still found: parameters changed after the run
     params = (archive / "params.yaml").read_text(encoding="utf-8")
     (archive / "params.yaml").write_text(params.replace("steps: 77", "steps: 78"), encoding="utf-8")
     assert _outcomes(archive, tmp_path)["lock_is_of_these_parameters"] == "failed"
 
 
 def test_mistakes_of_the_shipped_run_are_found(archive: Path, tmp_path: Path) -> None:
-    """Other figures, the same parameters; and other parameters, the same figures."""
+    """Other figures with the same parameters, and other parameters with the same figures."""
     if _outcomes(archive, tmp_path)["readme_shows_the_runs_figures"] == "skipped":
         pytest.skip("a fork: the shipped run's mistakes cannot be made in it")
     params = (archive / "params.yaml").read_text(encoding="utf-8")

@@ -1,5 +1,5 @@
-"""No command of README, docs/operate.md, make or the flow connects to a host that nobody named: a listener hears
-nothing.
+"""No command of README, docs/operate.md, make or the flow connects to a host that the user did not name. A listener
+that catches all connections receives nothing.
 """
 
 import os
@@ -19,13 +19,13 @@ from vlv.io import telemetry
 
 pytestmark = pytest.mark.server
 
-# With one of these set MLflow and Prefect are silent by themselves, which would prove nothing.
+# If one of these is set, MLflow and Prefect are silent by themselves, and the test proves nothing.
 _TEST_RUNS = ("CI", "GITHUB_ACTIONS", "PYTEST_CURRENT_TEST", "PYTEST_VERSION")
 SWITCHES_ON = 'eval "$(python -m vlv.io.telemetry)" && exec '
 
 
 def _environment(listener: Listener, **more: str) -> dict[str, str]:
-    """A user's environment: no switch is set, and every connection that leaves this machine goes to the listener."""
+    """A user's environment: no switch is set, and every connection to another machine goes to the listener."""
     clean = projects.environment()
     for name in (*telemetry.SWITCHES, *_TEST_RUNS):
         clean.pop(name, None)
@@ -54,7 +54,7 @@ def _running(command: list[str], project: Path, env: dict[str, str]) -> Iterator
 
 @contextmanager
 def _prefect_server(project: Path, listener: Listener) -> Iterator[dict[str, str]]:
-    """Started as docs/operate.md does it; yields the environment that leads there."""
+    """Start Prefect's server as in docs/operate.md; yields the environment that points to it."""
     port = servers.free_port()
     url = f"http://127.0.0.1:{port}/api"
     env = _environment(listener, PREFECT_HOME=str(project / ".prefect"), PREFECT_API_URL=url)
@@ -65,7 +65,7 @@ def _prefect_server(project: Path, listener: Listener) -> Iterator[dict[str, str
 
 
 def test_the_listener_hears_a_server_that_sends_telemetry(tmp_path: Path) -> None:
-    """The control: outside the project folder nothing keeps Prefect's server quiet."""
+    """The control: outside the project folder nothing turns off the telemetry of Prefect's server."""
     (tmp_path / "elsewhere").mkdir()
     with listening() as listener, _prefect_server(tmp_path / "elsewhere", listener):
         servers.wait(lambda: bool(listener.calls), "the heartbeat")
@@ -75,7 +75,7 @@ def test_the_listener_hears_a_server_that_sends_telemetry(tmp_path: Path) -> Non
 @pytest.fixture(scope="module")
 def toy(tmp_path_factory: pytest.TempPathFactory, sprites: Path) -> Path:
     project = projects.toy(tmp_path_factory.mktemp("connections") / "project", sprites)
-    # The data gate asks its tokenizer.
+    # The data gate needs its tokenizer.
     words = "pretrained/tiny/language_model"
     shutil.copytree(projects.REPOSITORY / words, project / words)
     projects.commit(project, "a language model")
@@ -88,7 +88,7 @@ def test_the_section_with_a_server_is_silent(toy: Path) -> None:
         _run(projects.python("-m", "flows.full_train", "--make-pool"), toy, env)
         _run(
             projects.python("-m", "flows.full_train", "--make-pool"), toy, env
-        )  # a second time it is there, and that is well
+        )  # the second time it already exists, which is fine
         _run([*prefect, "--no-prompt", "deploy", "--all"], toy, env)
         with _running([*prefect, "worker", "start", "--pool", "vlv"], toy, env):
             _run([*prefect, "deployment", "run", "vlv/full-train", "--watch"], toy, env)
@@ -118,7 +118,7 @@ def test_mlflow_is_silent_in_a_shell_with_the_switches(toy: Path, switches: str,
     assert (listener.calls == []) == silent
 
 
-def test_the_switches_stand_in_one_place() -> None:
+def test_the_switches_are_set_in_one_place() -> None:
     settings = tomllib.loads((projects.REPOSITORY / "prefect.toml").read_text(encoding="utf-8"))
     assert settings == {"server": {"analytics_enabled": False}}
     restated = [
@@ -130,14 +130,14 @@ def test_the_switches_stand_in_one_place() -> None:
     ]
     assert restated == []
     compose = yaml.safe_load((projects.REPOSITORY / "mlflow" / "compose.yaml").read_text(encoding="utf-8"))
-    server = compose["services"]["mlflow"]["environment"]  # YAML cannot import; MLflow's two must at least be the same
+    server = compose["services"]["mlflow"]["environment"]  # YAML cannot import: MLflow's two must at least be equal
     switched = {name: value for name, value in server.items() if name in telemetry.SWITCHES}
     assert switched == {name: telemetry.SWITCHES[name] for name in ("DO_NOT_TRACK", "MLFLOW_DISABLE_TELEMETRY")}
     shown = subprocess.check_output(projects.python("-m", "vlv.io.telemetry"), text=True, cwd=projects.REPOSITORY)
     assert dict(line.removeprefix("export ").split("=") for line in shown.splitlines()) == telemetry.SWITCHES
 
 
-def test_a_users_own_setting_stays() -> None:
+def test_a_users_own_setting_is_kept() -> None:
     command = "from vlv.io import telemetry; telemetry.off(); import os; print(os.environ['DO_NOT_TRACK'])"
     env = {**os.environ, "DO_NOT_TRACK": "1"}
     assert subprocess.check_output(projects.python("-c", command), text=True, env=env).strip() == "1"

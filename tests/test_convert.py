@@ -1,4 +1,4 @@
-"""Converters: checkpoints made here in the published layouts, from small models of the native classes."""
+"""Converters: the tests write checkpoints in the published layouts, from small models of the native classes."""
 
 import json
 import os
@@ -22,7 +22,7 @@ Tensors = dict[str, torch.Tensor]
 
 
 def microsoft(native: Tensors) -> Tensors:
-    """A native Florence-2's tensors under the names of microsoft/Florence-2-large, all aliases of the words too."""
+    """A native Florence-2's tensors under the names of microsoft/Florence-2-large, with all embedding aliases."""
     result: Tensors = {}
     for name, tensor in native.items():
         new = name.removeprefix("model.")
@@ -66,7 +66,7 @@ def released(native: Tensors) -> Tensors:
 
 
 def microsoft_config(settings: Any) -> dict[str, Any]:
-    """config.json as the hub has it for the remote-code class."""
+    """config.json of the remote-code class, as on the hub."""
     v = settings.vision_config
     return {
         "model_type": "florence2",
@@ -86,7 +86,7 @@ def microsoft_config(settings: Any) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def smoke() -> config.Config:
-    """The smoke profile with what the release lacks switched off."""
+    """The smoke profile without the features that the release lacks."""
     value = profile("smoke")
     return value.model_copy(
         update={
@@ -100,7 +100,7 @@ def smoke() -> config.Config:
 
 @pytest.fixture(scope="module")
 def trained(smoke: config.Config, paths: Paths) -> Autoencoder:
-    """An auto-encoder that has moved from where it was built."""
+    """An auto-encoder whose trained tensors differ from their initial values."""
     model = Autoencoder.build(smoke, paths)
     with torch.no_grad():
         for p in model.parameters():
@@ -126,7 +126,7 @@ def _folder(tmp_path: Path, tensors: Tensors, settings: Any) -> Path:
 def test_florence_from_microsoft_s_layout_is_the_same_model(trained: Autoencoder, tmp_path: Path) -> None:
     native = trained.encoder.florence
     folder = _folder(tmp_path, microsoft(native.state_dict()), native.config)
-    # Names from the published checkpoint, so that the layout above is not just ours turned round.
+    # Names from the published checkpoint, so that the layout above is not just the inverse of our converter.
     names = set(torch.load(folder / "pytorch_model.bin", weights_only=True))
     assert {
         "vision_tower.convs.0.proj.weight", "vision_tower.blocks.0.0.spatial_block.conv1.fn.dw.weight",
@@ -163,7 +163,7 @@ def test_florence_from_microsoft_s_layout_is_the_same_model(trained: Autoencoder
         (lambda t: t.update({"image_projection": torch.ones(3, 5)}), "shapes differ"),
     ],
 )
-def test_florence_with_other_tensors_is_refused_by_name(
+def test_wrong_florence_tensors_are_refused_by_name(
     trained: Autoencoder, tmp_path: Path, change: Any, message: str
 ) -> None:
     native = trained.encoder.florence
@@ -187,9 +187,9 @@ def test_florence_with_another_pooling_is_refused(trained: Autoencoder, tmp_path
 
 def _stage1_file(kind: str, tensors: Tensors, folder: Path) -> Path:
     folder.mkdir()
-    if kind == "deepspeed":  # what zero_to_fp32 consolidates to
+    if kind == "deepspeed":  # the output of zero_to_fp32
         torch.save(tensors, folder / "pytorch_model.bin")
-    elif kind == "deepspeed folder":  # newer ones write a folder of that name, in parts
+    elif kind == "deepspeed folder":  # newer versions write a folder of that name, with several files
         inner = folder / "pytorch_model.bin"
         inner.mkdir()
         half = dict(list(tensors.items())[:9])
@@ -199,7 +199,7 @@ def _stage1_file(kind: str, tensors: Tensors, folder: Path) -> Path:
         where = dict.fromkeys(half, "pytorch_model-00001-of-00002.bin")
         where |= dict.fromkeys(rest, "pytorch_model-00002-of-00002.bin")
         (inner / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": where}))
-    else:  # train_VLV_stage1.py's own, under DDP
+    else:  # as train_VLV_stage1.py writes it under DDP
         state = {f"module.{k}": v for k, v in tensors.items()} if kind == "nested, wrapped" else tensors
         value = {"step": 20, "model_state_dict": state, "optimizer_state_dict": {}, "scheduler_state_dict": None}
         torch.save({**value, "step": 3, "model_state_dict": {}}, folder / "checkpoint_3.pt")
@@ -209,7 +209,7 @@ def _stage1_file(kind: str, tensors: Tensors, folder: Path) -> Path:
 
 
 @pytest.mark.parametrize("kind", ["deepspeed", "deepspeed folder", "nested", "nested, wrapped"])
-def test_a_released_stage_1_draws_the_same(
+def test_a_released_stage_1_draws_the_same_images(
     kind: str, trained: Autoencoder, smoke: config.Config, paths: Paths, tmp_path: Path
 ) -> None:
     source = _stage1_file(kind, released(trained.state_dict()), tmp_path / "step_20")
@@ -234,7 +234,7 @@ def test_a_released_stage_1_draws_the_same(
         (lambda t: t["vae.encoder.conv_in.weight"].add_(0.1), r"differ from .*vae\.encoder\.conv_in\.weight"),
     ],
 )
-def test_another_stage_1_is_refused_by_name(
+def test_wrong_stage_1_tensors_are_refused_by_name(
     trained: Autoencoder, smoke: config.Config, paths: Paths, tmp_path: Path, change: Any, message: str
 ) -> None:
     tensors = released(trained.state_dict())
@@ -245,7 +245,7 @@ def test_another_stage_1_is_refused_by_name(
     assert not (tmp_path / "model").exists()
 
 
-def test_words_that_learned_need_the_prompt_they_learned_with(
+def test_trained_word_embeddings_need_their_prompt(
     trained: Autoencoder, smoke: config.Config, paths: Paths, tmp_path: Path
 ) -> None:
     tensors = released(trained.state_dict())
@@ -260,7 +260,7 @@ def test_words_that_learned_need_the_prompt_they_learned_with(
     assert "encoder.florence.model.language_model.shared.weight" in done.taken
 
 
-def test_a_released_stage_2_writes_the_same(
+def test_a_released_stage_2_writes_the_same_captions(
     trained: Autoencoder, smoke: config.Config, paths: Paths, tmp_path: Path
 ) -> None:
     captioner = Captioner.build(smoke, paths).eval()
@@ -282,7 +282,7 @@ def test_a_released_stage_2_writes_the_same(
     again = Captioner.load(tmp_path / "model", paths)
     context = captioner.context(_pictures())
     assert torch.equal(context, again.context(_pictures()))
-    # The release's way of writing is held in tests/test_generation.py; a few words are enough here.
+    # tests/test_generation.py tests the release's generation; a few words are enough here.
     captioner.generation = again.generation = again.generation.model_copy(update={"max_tokens": 12})
     assert captioner.write(context) == again.write(context)
     assert torch.equal(captioner.prefix(context), again.prefix(context))
@@ -315,7 +315,7 @@ def test_a_pickle_with_code_is_refused_and_does_not_run(tmp_path: Path, monkeypa
     assert not (tmp_path / "ran").exists()
 
 
-def test_what_is_no_checkpoint_is_refused(tmp_path: Path) -> None:
+def test_files_that_are_not_checkpoints_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ConversionError, match="does not exist"):
         checkpoints.read(tmp_path / "nothing")
     with pytest.raises(ConversionError, match="holds none of"):

@@ -1,4 +1,4 @@
-"""The files of a training are damaged before it resumes: its figures are the same, and its MLflow run is right."""
+"""A training resumes after its files were damaged: its figures are the same, and its MLflow run is correct."""
 
 import json
 import logging
@@ -68,12 +68,12 @@ def whole(project: Paths) -> tuple[str, float]:
 
 
 def _garble_middle(path: Path) -> None:
-    """Remove the line end between two rows, and make a third row something else than text."""
+    """Remove the line end between two rows, and overwrite a third row with bytes that are not text."""
     first, second, third, *rest = path.read_bytes().splitlines(keepends=True)
     path.write_bytes(first[:-9] + second + b"\xff\xfe" + third + b"".join(rest))
 
 
-# The file, the damage, and the warning; None: no warning, because nothing is lost.
+# File, damage and warning; None: no warning, because nothing is lost.
 RECORD = "run-*/record.jsonl"
 CASES: dict[str, tuple[str, Damage, str | None]] = {
     "record torn": (RECORD, lambda path: path.write_bytes(path.read_bytes()[:-20]), None),
@@ -127,7 +127,7 @@ def test_it_ends_in_the_same_figures(
     assert figures["final_loss"] == final_loss
     assert said is None or said in caplog.text
     assert said is not None or "damaged" not in caplog.text
-    # One run, finished, each point once: the folder's name is the run's identity, whatever became of the file in it.
+    # One finished run with each point once: the folder's name identifies the run, whatever happened to its file.
     (run,) = _runs(project, case)
     assert run.info.status == "FINISHED"
     assert _steps(project, run) == list(range(SETTINGS.log_every, SETTINGS.steps + 1, SETTINGS.log_every))
@@ -140,7 +140,7 @@ def test_a_training_that_is_stopped_is_killed_not_failed(project: Paths) -> None
     assert run.info.status == "KILLED"
 
 
-def test_a_damaged_record_holds_up_nothing(project: Paths, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_damaged_record_blocks_nothing(project: Paths, caplog: pytest.LogCaptureFixture) -> None:
     uri = tracking.prepare(project)
     begin = Begin(uri, "vlv", None, "damaged record", 1_700_000_000_000)
     paths = []

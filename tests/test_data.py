@@ -38,7 +38,7 @@ def test_equal_settings_give_equal_bytes(scene_data: Path, paths: config.Paths, 
 
 
 def test_scene_bytes_are_the_known_ones(scene_data: Path) -> None:
-    # Whoever changes how scenes are drawn or written raises vlv.tiny.scene_source.VERSION and this hash.
+    # If you change how scenes are drawn or written, raise vlv.tiny.scene_source.VERSION and update this hash.
     entry = shards.read_manifest(scene_data).splits["validation"].shards[0]
     assert entry.sha256 == "35a6d0f6270e513c0a4c6267f60b6d11c89f09735dc869899cb813260f81753c"
 
@@ -56,10 +56,10 @@ def test_damaged_or_outdated_data_is_made_again(scene_data: Path, paths: config.
     assert hashes(scene_data) == good
     smaller = sources.materialise(small_scenes(train=20), paths, scene_data)
     assert smaller.splits["train"].samples == 20
-    assert hashes(scene_data)["train/00000.tar"] == good["train/00000.tar"]  # a smaller count is a beginning
+    assert hashes(scene_data)["train/00000.tar"] == good["train/00000.tar"]  # a smaller count gives the first samples
 
 
-def test_samples_hold_what_they_show(scene_data: Path) -> None:
+def test_samples_match_their_specifications(scene_data: Path) -> None:
     specifications: dict[str, set[scenes.Scene]] = {}
     for split, entry in shards.read_manifest(scene_data).splits.items():
         for batch in ShardLoader(scene_data, split, 8).iterate():
@@ -70,13 +70,13 @@ def test_samples_hold_what_they_show(scene_data: Path) -> None:
                 assert scenes.read_caption(caption) == scene
                 assert scenes.split_of(scene) == split
                 assert meta["novel_pair"] == scenes.has_held_out_pair(scene)
-        assert len(specifications[split]) == entry.samples  # none twice
+        assert len(specifications[split]) == entry.samples  # no duplicates
     table = pd.read_parquet(scene_data / "train" / "samples.parquet")
     assert list(table["key"].iloc[[0, 19, 20, 49]]) == ["000000000", "000000019", "000010000", "000020009"]
     assert set(table["status"]) == {"success"}
 
 
-def test_tars_are_plain_and_without_traces_of_the_machine(scene_data: Path) -> None:
+def test_tars_are_plain_and_contain_no_traces_of_the_machine(scene_data: Path) -> None:
     with tarfile.open(scene_data / "train" / "00000.tar") as tar:
         members = tar.getmembers()
     assert [member.name for member in members[:3]] == ["000000000.png", "000000000.txt", "000000000.json"]
@@ -87,7 +87,7 @@ def test_tars_are_plain_and_without_traces_of_the_machine(scene_data: Path) -> N
 
 
 def cut_at_member(path: Path) -> None:
-    """Cut a tar between two samples, as a full disk does; tar readers take it for the whole."""
+    """Cut a tar between two samples, as a full disk does; tar readers do not notice."""
     with tarfile.open(path) as tar:
         offset = next(member.offset for member in tar if member.name == "000000010.png")
     path.write_bytes(path.read_bytes()[:offset])
@@ -135,7 +135,7 @@ def test_verify_agrees_with_dvc(scene_data: Path, monkeypatch: pytest.MonkeyPatc
     before = data_dvc.read_bytes()
     shards.verify(scene_data, data_dvc)
 
-    # Changed together with its manifest: only data.dvc tells.
+    # Changed together with its manifest: only data.dvc shows it.
     split = scene_data / "validation"
     records = [record("other", i) for i in range(3)]
     shutil.rmtree(split)
@@ -154,7 +154,7 @@ def record(name: str, seed: int, caption: str | None = "A caption of a few words
 
 
 def rewrite(data: Path, split: str, records: list[writer.Record], shard_size: int = 20) -> None:
-    """Write a split again, with a manifest that agrees."""
+    """Rewrite a split with a matching manifest."""
     manifest = shards.read_manifest(data)
     entry = writer.write_split(data / split, records, shard_size)
     writer.write_manifest(data, manifest.model_copy(update={"splits": {**manifest.splits, split: entry}}))
@@ -163,7 +163,7 @@ def rewrite(data: Path, split: str, records: list[writer.Record], shard_size: in
 # --- loader
 
 
-def test_each_epoch_shows_every_sample_once_in_another_order(scene_data: Path) -> None:
+def test_each_epoch_gives_every_sample_once_in_another_order(scene_data: Path) -> None:
     reader = ShardLoader(scene_data, "train", 10, seed=1)
     first, second = keys(reader.batches(), 5), keys(reader.batches(5), 5)
     assert sorted(first) == sorted(second) == keys(reader.iterate())
@@ -197,7 +197,7 @@ def test_ranks_share_the_global_batch(scene_data: Path) -> None:
         ShardLoader(scene_data, "train", 8, world_size=3)
 
 
-def test_memory_changes_no_sample(scene_data: Path) -> None:
+def test_keeping_shards_in_memory_changes_no_sample(scene_data: Path) -> None:
     runs = [ShardLoader(scene_data, "train", 8, memory=size) for size in (0, 200_000, 1 << 30)]
     batches = [list(itertools.islice(run.batches(), 14)) for run in runs]
     for other in batches[1:]:

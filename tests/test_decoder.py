@@ -11,7 +11,7 @@ from vlv.models.decoders.base import draw_timesteps
 UNIFORM = Timesteps(mode="uniform")
 
 
-def test_condition_equals_the_stock_text_encoder_to_the_bit() -> None:
+def test_condition_is_bit_identical_to_the_stock_text_encoder() -> None:
     decoder = small_models.decoder()
     stock = decoder.conditioner.text_encoder
     ids = decoder.conditioner.tokenize(["A dog is at the top left.", ""])
@@ -58,7 +58,7 @@ def test_same_noise_and_l1_and_a_batch_of_n_equals_n_batches_of_one() -> None:
     assert torch.allclose(together, alone, rtol=1e-5)
 
 
-def test_latents_carry_the_scale_of_the_vae_config() -> None:
+def test_latents_are_scaled_as_the_vae_config_says() -> None:
     decoder = small_models.decoder()
     batch = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8)
     with torch.no_grad():
@@ -74,7 +74,7 @@ def test_a_sample_depends_on_its_seed_and_not_on_its_batch() -> None:
     together = decoder.sample(context, [7, 8, 9], steps=3, guidance=2.0)
     alone = decoder.sample(context[1:2], [8], steps=3, guidance=2.0)
     difference = (together[1].int() - alone[0].int()).abs().max()
-    assert difference <= 1, "rounding apart, neighbours must not matter"
+    assert difference <= 1, "except for rounding, the rest of the batch must not matter"
     assert (together[0].int() - together[1].int()).abs().max() > 5
 
 

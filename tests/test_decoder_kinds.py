@@ -1,4 +1,4 @@
-"""Kinds of decoders: the table, a kind from outside the package, and what is refused."""
+"""Kinds of decoders: the table, a kind from outside the package, and refused kinds."""
 
 import json
 import shutil
@@ -34,7 +34,7 @@ def _with_toy(kind: str = TOY, **decoder: object) -> Config:
 
 @pytest.fixture
 def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A package my_package with a kind my_decoder, which can be imported and is not."""
+    """A package my_package with a kind my_decoder, which could be imported but must not be."""
     folder = tmp_path / "elsewhere" / "my_package"
     folder.mkdir(parents=True)
     shutil.copy(ROOT / "tests" / "toy_decoder.py", folder / "my_decoder.py")
@@ -84,7 +84,7 @@ def test_its_blocks_and_its_denoiser_are_found(paths: Paths) -> None:
     assert isinstance(decoder.denoiser, nn.Module) and decoder.denoiser in list(decoder.modules())
 
 
-def test_its_code_is_an_input_of_the_stages_and_is_not_run_for_that(paths: Paths, package: Path) -> None:
+def test_its_code_is_an_input_of_the_stages_but_is_not_run_to_find_it(paths: Paths, package: Path) -> None:
     module, numbers = package / "my_decoder.py", package / "numbers.py"
     text = module.read_text(encoding="utf-8").replace("= 100", "= FEW")
     text = text.replace("import torch\n", "import torch\nfrom my_package.numbers import FEW\n", 1)
@@ -108,7 +108,7 @@ def test_its_code_is_an_input_of_the_stages_and_is_not_run_for_that(paths: Paths
     assert code(numbers, "FEW = 5\nUNUSED = 1\n") != before
 
 
-# -- what is refused -------------------------------------------------------------------------------------
+# -- refused kinds ---------------------------------------------------------------------------------------
 
 
 def test_a_kind_that_does_not_exist_is_refused_by_the_configuration() -> None:
@@ -118,7 +118,7 @@ def test_a_kind_that_does_not_exist_is_refused_by_the_configuration() -> None:
             config.parse(text.replace("kind: stable_diffusion", f"kind: {wrong}"), "params.yaml")
 
 
-def test_a_module_that_is_not_there_or_is_no_kind_is_named(paths: Paths) -> None:
+def test_a_missing_or_unsuitable_module_is_named(paths: Paths) -> None:
     missing = _with_toy("tests.nowhere")
     with pytest.raises(ConfigError, match=r"decoder\.kind: tests\.nowhere cannot be imported"):
         build.decoder(missing.decoder, paths)

@@ -1,4 +1,4 @@
-"""docs/operate.md as a test: real Prefect server, pool, worker, deployment; real MLflow server and registry."""
+"""docs/operate.md as a test: a real Prefect server, pool, worker and deployment; a real MLflow server and registry."""
 
 import base64
 import json
@@ -21,7 +21,7 @@ pytestmark = pytest.mark.server
 
 @contextmanager
 def _worker(project: Path, env: dict[str, str]) -> Iterator[Path]:
-    """Deploys what prefect.yaml says, then a worker for it; yields the worker's log."""
+    """Deploy prefect.yaml and start a worker for it; yields the worker's log."""
     deployed = projects.run([*PREFECT, "--no-prompt", "deploy", "--all"], project, **env)
     assert deployed.returncode == 0, deployed.stdout + deployed.stderr
     path = project.parent / "worker.log"
@@ -37,7 +37,7 @@ def _worker(project: Path, env: dict[str, str]) -> Iterator[Path]:
             worker.wait(120)
 
 
-@pytest.mark.timeout(1200)  # the whole pipeline, each stage in a process of its own
+@pytest.mark.timeout(1200)  # the whole pipeline, each stage in its own process
 def test_a_deployment_trains_registers_promotes_and_serves(
     tmp_path: Path, sprites: Path, prefect_server: dict[str, str], mlflow_server: str
 ) -> None:
@@ -58,7 +58,7 @@ def test_a_deployment_trains_registers_promotes_and_serves(
 
 
 def _check_runs(client: MlflowClient, register_run: str) -> None:
-    """One parent run; the stages' runs nest under it, the trainings with their curves, the data and its digest."""
+    """One parent run with the stages' runs nested; the trainings have their curves, the data and its digest."""
     register = client.get_run(register_run)
     parent = register.data.tags["mlflow.parentRunId"]
     nested = client.search_runs([register.info.experiment_id], f"tags.`mlflow.parentRunId` = '{parent}'")
@@ -71,7 +71,7 @@ def _check_runs(client: MlflowClient, register_run: str) -> None:
 
 
 def _predict(project: Path, url: str, scratch: Path) -> list[str]:
-    """The first test image, sent as docs/operate.md says."""
+    """Send the first test image as in docs/operate.md; returns the captions."""
     image = next((project / "work" / "evaluate" / "pictures").glob("*-original.png")).read_bytes()
     question, answer = scratch / "images.json", scratch / "captions.json"
     rows = {"columns": ["image"], "data": [[base64.b64encode(image).decode()]]}
@@ -89,14 +89,14 @@ def _captions_of_evaluation(project: Path) -> list[str]:
     return [row["written"] for row in captions]
 
 
-def test_a_cancel_ends_the_children(tmp_path: Path, ready_toy: Path, prefect_server: dict[str, str]) -> None:
+def test_cancelling_ends_the_child_processes(tmp_path: Path, ready_toy: Path, prefect_server: dict[str, str]) -> None:
     toy = Path(shutil.copytree(ready_toy, tmp_path / "toy", symlinks=True))
     api = prefect_server["PREFECT_API_URL"]
     with _worker(toy, {**prefect_server, "TOY": "sleep"}) as log:
         started = projects.run([*PREFECT, "deployment", "run", "vlv/full-train"], toy, **prefect_server)
         assert started.returncode == 0, started.stdout
         ids = servers.stage_processes(toy)
-        # Of a deployment: the server has flows of other tests as well, some of them killed.
+        # Only a deployment's flow run: the server also has flow runs of other tests, some of them killed.
         wanted = {"flow_runs": {"state": {"type": {"any_": ["RUNNING"]}}, "deployment_id": {"is_null_": False}}}
         running = servers.get(f"{api}/flow_runs/filter", wanted)
         assert isinstance(running, list) and len(running) == 1, log.read_text()

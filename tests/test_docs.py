@@ -1,4 +1,4 @@
-"""The documentation fits the tree: links lead somewhere, the navigation is whole, pages made from code are new.
+"""The documentation fits the tree: links work, the navigation is complete, generated pages are up to date.
 
 Building the site (`make docs`) needs mkdocs; these tests do not.
 """
@@ -21,7 +21,7 @@ _PAGES = sorted(
     for pattern in ("*.md", "docs/**/*.md", "benchmarks/*.md", "mlflow/*.md", "pretrained/**/*.md")
     for path in ROOT.glob(pattern)
 )
-# Made by commands, so not in a fresh clone.
+# Made by commands, so missing in a fresh clone.
 _MADE = ("mlflow/store",)
 _NO_FILE = {"vlv/full-train"}  # a Prefect deployment
 _PLACEHOLDER = re.compile(r"\b[A-Z]+\b(?!\.md)")  # as in configs/NAME.yaml
@@ -29,7 +29,7 @@ _FILE = re.compile(r"`((?:vlv|flows|tests|configs|docs|mlflow|benchmarks|noteboo
 
 
 def _text(path: Path) -> str:
-    """A page without its blocks of code."""
+    """A page without its code blocks."""
     return re.sub(r"^```.*?^```", "", path.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
 
 
@@ -62,7 +62,7 @@ def test_files_that_pages_name_exist() -> None:
     wrong = [
         f"{page.relative_to(ROOT)}: {name}"
         for page in _PAGES
-        if page.name != "CHANGELOG.md"  # it speaks of what was
+        if page.name != "CHANGELOG.md"  # it describes the past
         for name in _FILE.findall(_text(page))
         if name not in _NO_FILE
         and not name.startswith(_MADE)
@@ -86,14 +86,14 @@ def test_the_navigation_has_every_page_once() -> None:
     assert [source for source in hooks.PAGES if not (ROOT / source).is_file()] == []
 
 
-def test_the_site_asks_no_other_host() -> None:
+def test_the_site_loads_nothing_from_other_hosts() -> None:
     settings = _settings()
     assert settings["theme"]["font"] is False
     assert not {"extra_css", "extra_javascript"} & settings.keys()
     assert not re.search(r"https?://", (ROOT / "mkdocs.yml").read_text(encoding="utf-8"))
 
 
-def test_pages_from_code_are_new() -> None:
+def test_generated_pages_are_up_to_date() -> None:
     old = [name for name, text in generate.pages().items() if (generate.REFERENCE / name).read_text("utf-8") != text]
     assert old == [], "write them with: python -m docs.generate"
 

@@ -1,4 +1,4 @@
-"""Dropout, drop-path, queries' start and what learns in Stage 2's encoder: the release's choices as options."""
+"""The release's choices as options: dropout, drop-path, initial queries, trainable parts of Stage 2's encoder."""
 
 import os
 import signal
@@ -26,7 +26,7 @@ RELEASE = {"dropout": 0.1, "drop_path": 0.1, "query_std": 1.0}
 
 
 def _smoke(encoder: dict[str, Any] | None = None, **stages: dict[str, Any]) -> config.Config:
-    """The smoke profile with the release's encoder options (or others), nothing cached."""
+    """The smoke profile with the release's encoder options (or others), without caches."""
     value = profile("smoke")
     value = value.model_copy(
         update={
@@ -60,13 +60,13 @@ def test_by_default_nothing_is_dropped_and_queries_start_at_half(paths: Paths) -
     assert not [part for part in model.modules() if isinstance(part, rng.DropPath)]
     release = Autoencoder.build(_smoke(), paths)
     assert torch.equal(release.encoder.queries, 2 * model.encoder.queries)
-    # Outside a training's forward pass the options change nothing.
+    # Outside the forward pass of a training the options change nothing.
     release.encoder.queries.data.copy_(model.encoder.queries)
     assert torch.equal(release.context(_pictures()), model.context(_pictures()))
 
 
-def test_a_sample_meets_the_same_masks_whoever_computes_it(model: Autoencoder) -> None:
-    """In one process or in several, in one micro-batch or in several, now or after a kill."""
+def test_a_sample_gets_the_same_masks_wherever_it_is_computed(model: Autoencoder) -> None:
+    """In one process or several, in one micro-batch or several, before or after a kill."""
     encoder = model.encoder
     whole = _embed(encoder, _pictures(), rng.PartGenerator(7))
     again = _embed(encoder, _pictures(), rng.PartGenerator(7))
@@ -80,11 +80,11 @@ def test_a_sample_meets_the_same_masks_whoever_computes_it(model: Autoencoder) -
     other = _embed(encoder, _pictures(), rng.PartGenerator(8))
     assert (other - whole).abs().mean() > 0.01
     same_image = _embed(encoder, _pictures()[:1].expand(2, -1, -1, -1), rng.PartGenerator(7))
-    assert not torch.allclose(same_image[0], same_image[1]), "each sample has masks of its own"
+    assert not torch.allclose(same_image[0], same_image[1]), "each sample has its own masks"
 
 
 class _Counting(TorchFunctionMode):
-    """Counts the calls of torch's dropout that drop."""
+    """Counts the calls of torch's dropout that drop values."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -96,7 +96,7 @@ class _Counting(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def test_it_drops_where_and_as_much_as_the_stock_model_in_training_mode(paths: Paths) -> None:
+def test_it_drops_like_the_stock_model_in_training_mode(paths: Paths) -> None:
     ours = Autoencoder.build(_smoke({**RELEASE, "drop_path": 0.0}), paths).encoder
     settings = Florence2Config.from_pretrained(paths.root / "pretrained/tiny/encoder")
     for name in ("dropout", "attention_dropout", "activation_dropout"):
@@ -157,7 +157,7 @@ def test_the_tower_drops_whole_branches_at_the_stock_rates(model: Autoencoder, p
 
 
 @pytest.mark.parametrize("stage", ["stage1", "stage2"])
-def test_recomputed_activations_meet_the_same_masks(paths: Paths, stage: str) -> None:
+def test_recomputed_activations_get_the_same_masks(paths: Paths, stage: str) -> None:
     settings = _smoke(stage2={"learn": "mlp+llm+encoder"}, stage1={"learn": "all"})
     kind: Any = Autoencoder if stage == "stage1" else Captioner
     batch: Any = Stage1Batch(_pictures(2))
@@ -167,7 +167,7 @@ def test_recomputed_activations_meet_the_same_masks(paths: Paths, stage: str) ->
     assert blocks.recompute(thrifty) >= 4
     losses = [m(batch, torch.Generator().manual_seed(5)) for m in (plain, thrifty)]
     assert losses[0].item() == losses[1].item()
-    for _ in range(2):  # and again, for whoever goes back through one graph twice
+    for _ in range(2):  # twice, because a graph may be used for two backward passes
         for loss in losses:
             loss.backward(retain_graph=True)
     for (name, ours), theirs in zip(thrifty.named_parameters(), plain.parameters(), strict=True):
@@ -175,7 +175,7 @@ def test_recomputed_activations_meet_the_same_masks(paths: Paths, stage: str) ->
 
 
 def _train(settings: config.Config, paths: Paths, folder: Path, stop_at: int = -1) -> dict[str, torch.Tensor]:
-    """Six steps of four pictures through the one loop; `stop_at`: asked to stop in this step."""
+    """Train six steps of four pictures with the training loop; `stop_at`: request a stop in this step."""
     section = settings.stage1.model_copy(
         update={"steps": 6, "batch_size": 4, "noise_samples_per_image": 1, "checkpoint_every": 2, "log_every": 1}
     )
@@ -195,24 +195,24 @@ def _train(settings: config.Config, paths: Paths, folder: Path, stop_at: int = -
     return {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
 
 
-def test_stopped_and_resumed_with_dropout_it_ends_in_the_same_bits(paths: Paths, tmp_path: Path) -> None:
+def test_resuming_with_dropout_is_bit_identical(paths: Paths, tmp_path: Path) -> None:
     settings = _smoke()
     whole = _train(settings, paths, tmp_path / "whole")
     with pytest.raises(stopping.Stopped):
         _train(settings, paths, tmp_path / "cut", stop_at=3)
-    torch.manual_seed(99)  # torch's own generator plays no part
+    torch.manual_seed(99)  # torch's global generator must not matter
     resumed = _train(settings, paths, tmp_path / "cut")
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
 
 
-def test_micro_batches_drop_what_the_whole_batch_does(paths: Paths, tmp_path: Path) -> None:
+def test_micro_batches_drop_the_same_values_as_the_whole_batch(paths: Paths, tmp_path: Path) -> None:
     whole = _train(_smoke(), paths, tmp_path / "whole")
     halves = _train(_smoke(stage1={"accumulation": 2}), paths, tmp_path / "halves")
     norms = {name: tensor.norm().item() for name, tensor in whole.items()}
     assert {name: tensor.norm().item() for name, tensor in halves.items()} == pytest.approx(norms, rel=1e-4, abs=1e-6)
 
 
-def test_queries_and_projection_may_stay_as_stage_1_left_them(paths: Paths, tmp_path: Path) -> None:
+def test_queries_and_projection_can_stay_frozen_in_stage_2(paths: Paths, tmp_path: Path) -> None:
     settings = _smoke({}, stage2={"learn": "mlp+llm+encoder", "queries_learn": False})
     captioner = Captioner.build(settings, paths)
     learns = {name for name, p in captioner.named_parameters() if p.requires_grad}
@@ -222,7 +222,7 @@ def test_queries_and_projection_may_stay_as_stage_1_left_them(paths: Paths, tmp_
     assert torch.equal(Captioner.load(tmp_path / "model", paths).encoder.queries, captioner.encoder.queries)
 
 
-def test_options_that_cannot_go_together_are_refused() -> None:
+def test_incompatible_options_are_refused() -> None:
     with pytest.raises(ValueError, match="cache_features"):
         _smoke(stage1={"cache_features": True})
     learn = {"learn": "mlp+llm+encoder", "queries_learn": False}

@@ -1,4 +1,4 @@
-"""DVC on the real pipeline with the smoke profile: what is current, what is stale, what travels."""
+"""DVC on the real pipeline with the smoke profile: current stages, stale stages, push and pull."""
 
 import json
 import re
@@ -23,7 +23,7 @@ def _ran(output: str) -> list[str]:
     return re.findall(r"^Running stage '(\w+)'", output, flags=re.MULTILINE)
 
 
-def test_after_a_run_everything_is_current_and_nothing_is_left_uncommitted(trained_smoke: Path, trained: Path) -> None:
+def test_after_a_run_everything_is_current_and_committed(trained_smoke: Path, trained: Path) -> None:
     assert _ran(trained_smoke.with_name("trained.log").read_text(encoding="utf-8")) == STAGES
     assert json.loads(_dvc(trained, "status", "--json").stdout) == {}
     assert "up to date" in _dvc(trained, "repro").stdout
@@ -31,7 +31,7 @@ def test_after_a_run_everything_is_current_and_nothing_is_left_uncommitted(train
     assert dirty.stdout == ""
 
 
-def test_a_stage2_parameter_runs_stage2_and_what_follows(trained: Path) -> None:
+def test_a_stage2_parameter_makes_stage2_and_later_stages_run(trained: Path) -> None:
     params = trained / "params.yaml"
     before, after = "  seed: 2\n", "  seed: 3\n"
     assert params.read_text().count(before) == 1
@@ -40,7 +40,7 @@ def test_a_stage2_parameter_runs_stage2_and_what_follows(trained: Path) -> None:
     done = _dvc(trained, "repro")
     assert _ran(done.stdout) == ["inputs", "stage2", "evaluate", "register"]
     assert model and all(path.read_bytes() == content for path, content in model.items())
-    # what changed, in DVC's own words
+    # DVC's own report of the change
     assert json.loads(_dvc(trained, "params", "diff", "--json").stdout) == {
         "params.yaml": {"stage2.seed": {"old": 2, "new": 3, "diff": 1}}
     }
@@ -51,7 +51,7 @@ def test_a_stage2_parameter_runs_stage2_and_what_follows(trained: Path) -> None:
     assert "index.html" in shown and "Stage 1: denoising loss" in page and "evaluate_grid" in page
 
 
-def test_code_that_decides_a_number_runs_its_stage_on_new_caches_and_a_comment_runs_nothing(trained: Path) -> None:
+def test_a_code_change_runs_its_stage_on_new_caches_and_a_comment_runs_nothing(trained: Path) -> None:
     decoder = trained / "vlv" / "models" / "decoders" / "base.py"
     decoder.write_text(decoder.read_text() + "\n# a comment\n")
     assert _ran(_dvc(trained, "repro").stdout) == ["inputs"]
@@ -75,7 +75,7 @@ def test_a_fresh_clone_makes_the_pinned_data_without_a_remote(trained_smoke: Pat
     assert (clone / "data.dvc").read_bytes() == pin
     assert json.loads(_dvc(clone, "status", "--json", "data.dvc").stdout) == {}
     stale = json.loads(_dvc(clone, "status", "--json").stdout)
-    assert set(stale) == set(STAGES)  # results are pinned, the models are not there: all of it runs
+    assert set(stale) == set(STAGES)  # results are pinned, but the models are missing, so all stages run
 
 
 def test_push_fresh_clone_pull(trained: Path, tmp_path: Path) -> None:
@@ -84,14 +84,14 @@ def test_push_fresh_clone_pull(trained: Path, tmp_path: Path) -> None:
     _dvc(trained, "push")
     clone = _clone(trained, tmp_path / "clone")
     _dvc(clone, "pull")
-    # Everything is there but the registry: it belongs to the machine, so only registration is to be done.
+    # Everything but the registry is there. It belongs to the machine, so only registration runs.
     assert set(json.loads(_dvc(clone, "status", "--json").stdout)) == {"register"}
     verified = projects.run(projects.python("-m", "vlv", "data", "verify"), clone)
     assert verified.returncode == 0, verified.stderr
 
 
-def test_poisoned_data_stops_at_the_gate_also_without_the_flow(trained: Path) -> None:
-    """`dvc repro` alone takes changed data; the gate compares it with the manifest."""
+def test_poisoned_data_stops_at_the_gate_even_without_the_flow(trained: Path) -> None:
+    """`dvc repro` by itself accepts changed data; the gate compares it with the manifest."""
     shard = trained / "data" / "train" / "00000.tar"
     content = bytearray(shard.read_bytes())
     content[700] ^= 1

@@ -1,7 +1,7 @@
-"""What `from vlv import Captioner, Autoencoder, load_config` gives: trained models, from images to results.
+"""The public API: `from vlv import Captioner, Autoencoder, load_config`.
 
-`Captioner` and `Autoencoder` take images as people have them (paths, Pillow images, arrays) and wrap the modules of
-`vlv.models`, which take tensors; the attribute `model` is that module. Torch is imported when a model is loaded.
+`Captioner` and `Autoencoder` take images as paths, Pillow images or arrays. They wrap the modules of `vlv.models`,
+which take tensors; the attribute `model` is that module. Torch is imported when a model is loaded.
 """
 
 from collections.abc import Sequence
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 class Captioner:
-    """A trained captioner: images in, one caption for each out.
+    """A trained captioner: it writes one caption for each image.
 
     Examples:
         >>> from vlv import Captioner
@@ -45,7 +45,7 @@ class Captioner:
             device: such as "cpu" or "cuda:1". None: the accelerator if there is one, otherwise the CPU.
 
         Raises:
-            ModelFolderError: not a captioner, other tensors, or other pretrained parts than it was trained with.
+            ModelFolderError: not a captioner, wrong tensors, or other pretrained parts than in its training.
             RegistryError: no such version, or MLflow does not answer.
         """
         from vlv.models.captioner import Captioner as Model
@@ -54,7 +54,7 @@ class Captioner:
         return cls(Model.load(folder, paths).to(_device(device)))
 
     def caption(self, images: "Sequence[Picture]", batch_size: int = 16) -> list[str]:
-        """Caption images, in the way that the saved model says (`language_model.generation`).
+        """Caption images with the saved model's settings (`language_model.generation`).
 
         Args:
             images: paths, Pillow images, or arrays (H, W, 3) uint8 with RGB in 0..255; of any size.
@@ -122,12 +122,12 @@ class Autoencoder:
 
         Args:
             images: as for `Captioner.caption`.
-            steps: of the sampler.
-            guidance: of classifier-free guidance; 1: none.
-            seed: of the noise; image number i takes `seed + i`, so the result does not depend on batches.
+            steps: number of sampler steps.
+            guidance: strength of classifier-free guidance; 1: none.
+            seed: seed of the noise; image number i uses `seed + i`, so the result does not depend on batches.
 
         Returns:
-            One square RGB image for each image, of the size that the decoder draws.
+            One square RGB image for each image, in the decoder's size.
 
         Raises:
             ImageError: a file that is not a readable image; the message names it.
@@ -146,10 +146,10 @@ def load_config(path: str | Path | None = None) -> Config:
         48
 
     Args:
-        path: of the YAML file. None: the params.yaml of the project that the working directory is in.
+        path: the YAML file. None: params.yaml of the project that contains the working directory.
 
     Raises:
-        ConfigError: no such file, not YAML, an unknown key, or a value of another type or outside its range.
+        ConfigError: no such file, not YAML, an unknown key, or a value of the wrong type or outside its range.
     """
     if path is None:
         return config.load(Paths.find())
@@ -159,7 +159,7 @@ def load_config(path: str | Path | None = None) -> Config:
 
 
 def _located(source: str | Path | None, stage: str) -> tuple[Path, Paths | None]:
-    """The model's folder, and the project that its frozen parts are looked for in."""
+    """The model's folder, and the project where its frozen parts are searched."""
     from vlv.inference import model_folder
 
     in_registry = source is None or str(source).startswith("models:/")
@@ -168,7 +168,7 @@ def _located(source: str | Path | None, stage: str) -> tuple[Path, Paths | None]
     except ConfigError:
         if in_registry:
             raise
-        return Path(str(source)), None  # it carries its parts
+        return Path(str(source)), None  # it contains its parts
     return model_folder(paths, None if source is None else str(source), stage), paths
 
 
@@ -181,10 +181,10 @@ def _device(name: str | None) -> "torch.device":
 
 
 def _pixels(images: "Sequence[Picture]") -> "list[Pixels]":
-    """Images in any of the forms -> arrays (H, W, 3) uint8.
+    """Images in any accepted form -> arrays (H, W, 3) uint8.
 
     Raises:
-        TypeError: a single image in the place of a list of images.
+        TypeError: a single image instead of a list of images.
     """
     from PIL import Image
 

@@ -21,17 +21,17 @@ _TOGETHER = 16
 
 
 class NoImagesError(ValueError):
-    """A folder without images."""
+    """The folder holds no images."""
 
 
 @dataclass
 class Report:
-    """How many images were done and which ones failed.
+    """How many images were processed and which ones failed.
 
     Attributes:
         failures: a file that lists the failed images; it exists only if there are any.
-        done: images that were done, in this run and in earlier ones.
-        failed: name of an image -> why it failed.
+        done: number of images processed, in this run and in earlier ones.
+        failed: name of an image -> reason.
     """
 
     failures: Path
@@ -39,7 +39,7 @@ class Report:
     failed: dict[str, str] = field(default_factory=dict)
 
     def write(self) -> None:
-        """Write `failures`, or remove what an earlier run left there."""
+        """Write `failures`, or remove the one of an earlier run."""
         if self.failed:
             json_lines.write(self.failures, ({"image": name, "reason": reason} for name, reason in self.failed.items()))
         else:
@@ -47,7 +47,7 @@ class Report:
 
 
 def model_folder(paths: Paths, model: str | None, stage: str) -> Path:
-    """The folder of a model: a folder, models:/NAME@ALIAS, or (None) the champion, else what was last trained.
+    """The folder of `model`: a folder, models:/NAME@ALIAS, or None for the champion, else the model trained last.
 
     Raises:
         RegistryError: no such version.
@@ -61,12 +61,12 @@ def model_folder(paths: Paths, model: str | None, stage: str) -> Path:
     try:
         return registry.fetch(paths, f"models:/{name}@{registry.CHAMPION}")
     except registry.RegistryError as error:
-        log.info("no champion (%s); taking what was last trained", str(error).split(". ")[0])
+        log.info("no champion (%s); using the model trained last", str(error).split(". ")[0])
         return paths.work / stage / "model"
 
 
 def find_images(folder: Path) -> list[Path]:
-    """The image files in `folder` and below, sorted. If `folder` is a file, it alone.
+    """The image files in `folder` and below, sorted. If `folder` is a file: that file.
 
     Raises:
         NoImagesError: the folder does not exist or holds no image.
@@ -95,17 +95,17 @@ def _readable(found: dict[str, Path], unreadable: dict[str, str]) -> Iterator[tu
 def _named(folder: Path) -> dict[str, Path]:
     """The images of a folder by their names in it.
 
-    A name that is not UTF-8 is what Python makes of its bytes (`os.fsdecode`); JSON holds it, escaped.
+    A name that is not UTF-8 is decoded with `os.fsdecode`; JSON holds it escaped.
     """
     root = folder if folder.is_dir() else folder.parent
     return {path.relative_to(root).as_posix(): path for path in find_images(folder)}
 
 
 class _Captions:
-    """The captions of a run that has not ended, in a file of JSON lines.
+    """The captions of an unfinished run, in a JSON-lines file.
 
-    A killed run goes on with it, and a run in which some images failed tries only those again. A caption is kept while
-    its image file is unchanged and if it was written in the same way (`how`).
+    A killed run continues from it, and after failures only the failed images are tried again. A caption is kept if
+    its image file is unchanged and it was written in the same way (`how`).
     """
 
     def __init__(self, path: Path, how: dict[str, Any], found: dict[str, Path]) -> None:
@@ -114,7 +114,7 @@ class _Captions:
         before = rows[0].get("how") if rows else None
         if before != how:
             if before is not None:
-                log.info("%s holds captions of another model; beginning anew", path)
+                log.info("%s holds captions of another model; starting again", path)
             path.unlink(missing_ok=True)
             json_lines.append(path, {"how": how})
             rows = []
@@ -132,7 +132,7 @@ class _Captions:
         self.done[name] = caption
 
     def remove(self) -> None:
-        """Delete the file, when all captions are in the output."""
+        """Delete the file once all captions are in the output."""
         self._path.unlink(missing_ok=True)
 
 
@@ -155,13 +155,13 @@ def caption_folder(
 ) -> Report:
     """Caption every image; `output` becomes {"image1.jpg": "..."} with names relative to `folder`.
 
-    `writing`: keys of `Generation` that replace the saved model's own.
+    `writing`: values of `Generation` that replace those of the saved model.
 
     Captions are appended to `output`.partial, which stays until all images are done. Images that cannot be read are
     listed in `output`.failures.jsonl. If no image could be captioned, `output` is not changed.
 
     Raises:
-        NoImagesError, ModelFolderError, RegistryError: before anything is written.
+        NoImagesError, ModelFolderError, RegistryError: nothing has been written.
     """
     found = _named(folder)
     chosen = model_folder(paths, model, "stage2")
@@ -209,8 +209,8 @@ def reconstruct_folder(
 ) -> Report:
     """Reconstruct every image into `output`: NAME.png, side-by-side/NAME.png and figures.json.
 
-    `size` (pixels): side of the pictures that are written; None: what the decoder draws. Seeds count up from
-    `seed` in the images' sorted order. Images that cannot be read are listed in figures.json and failures.jsonl.
+    `size`: side of the written pictures in pixels; None: the decoder's size. Seeds count up from `seed` in the
+    images' sorted order. Images that cannot be read are listed in figures.json and failures.jsonl.
     """
     found = _named(folder)
     autoencoder = Autoencoder.load(model_folder(paths, model, "stage1"), paths).to(saved.inference_device())

@@ -1,13 +1,13 @@
 """Random numbers and dropout masks that do not depend on how a batch is divided.
 
-A batch may be divided over processes and micro-batches in many ways. So that a sample meets the same noise and the
-same timestep in all of them, random numbers are generated for the whole batch and each part keeps its rows. To
-generate the rows that others keep costs little beside a training step (10 ns a number).
+A batch may be divided over processes and micro-batches in many ways. To give a sample the same noise and the same
+timestep in all of them, random numbers are generated for the whole batch and each part keeps its own rows.
+Generating the other rows costs little compared with a training step (10 ns per number).
 
 Dropout: torch takes its masks from the process's global generator, so a resumed training, or one with another number
-of processes, would use other masks. Here the masks are a function of (seed, step, place of the sample in the whole
+of processes, would use other masks. Here the masks are a function of (seed, step, index of the sample in the whole
 batch). Models stay in evaluation mode, in which torch's dropout does nothing. Values are dropped only where the
-forward pass of a training passes on `Masks`. Masks are generated on the device: a CPU and a GPU give different ones.
+forward pass of a training gets `Masks`. Masks are generated on the device: a CPU and a GPU give different ones.
 """
 
 import contextlib
@@ -24,10 +24,10 @@ from torch.overrides import TorchFunctionMode
 
 
 class PartGenerator(torch.Generator):
-    """A CPU generator that knows for which part of the batch its numbers are.
+    """A CPU generator that knows which part of the batch its numbers are for.
 
     Args:
-        seed: decides the numbers, together with the order in which they are generated.
+        seed: determines the numbers, together with the order in which they are generated.
         part, parts: this is part `part` of `parts` equal, contiguous parts of the batch.
     """
 
@@ -42,9 +42,9 @@ class PartGenerator(torch.Generator):
 
 
 def rows(count: int, generator: torch.Generator, generate: Callable[[int], torch.Tensor]) -> torch.Tensor:
-    """This part's `count` rows of what `generate` gives for all rows of the batch.
+    """This part's `count` rows of the numbers that `generate` gives for the whole batch.
 
-    `generate(n)` returns n rows from `generator`. With a plain generator the part is the whole.
+    `generate(n)` returns n rows from `generator`. With a plain generator the part is the whole batch.
     """
     if not isinstance(generator, PartGenerator) or generator.parts == 1:
         return generate(count)
@@ -53,7 +53,7 @@ def rows(count: int, generator: torch.Generator, generate: Callable[[int], torch
 
 
 def first_row(count: int, generator: torch.Generator) -> int:
-    """The place in the whole batch of the first of this part's `count` rows."""
+    """The index in the whole batch of the first of this part's `count` rows."""
     return generator.part * count if isinstance(generator, PartGenerator) else 0
 
 
@@ -64,10 +64,10 @@ def normal(shape: Sequence[int], generator: torch.Generator) -> torch.Tensor:
 
 
 class Masks:
-    """The masks of one forward pass, in the order in which they are asked for.
+    """The masks of one forward pass, in the order of the calls.
 
     Args:
-        generator: the step's. Only its seed and its part of the batch are read.
+        generator: the step's generator. Only its seed and its part of the batch are read.
         samples: how many samples this part has.
         used: how many masks were used before.
     """
@@ -80,12 +80,12 @@ class Masks:
         return Masks(self._generator, self._samples, self._used)
 
     def drop(self, values: torch.Tensor, rate: float, *, samples: bool = False) -> torch.Tensor:
-        """Put zeros in the place of a share `rate` of the values (B, ...) and divide the rest by 1 - rate.
+        """Replace a share `rate` of the values (B, ...) by zeros and divide the rest by 1 - rate.
 
-        `samples`: whole samples fall out together (drop-path).
+        `samples`: drop whole samples (drop-path).
 
         Raises:
-            ValueError: the first dimension does not count the samples.
+            ValueError: the first dimension is not the number of samples.
         """
         if len(values) != self._samples:
             raise ValueError(f"masks for {self._samples} samples cannot drop in {tuple(values.shape)}")
@@ -101,25 +101,25 @@ class Masks:
 
 
 def _seed(*numbers: int) -> int:
-    # A hash, because a CPU's generator keeps 32 bits of its seed, and seeds beside each other must not be alike.
+    # A hash, because a CPU generator keeps 32 bits of its seed, and neighbouring seeds must give unrelated numbers.
     return int.from_bytes(hashlib.blake2b(repr(numbers).encode(), digest_size=8).digest(), "big")
 
 
 class DropPath(nn.Module):
-    """Stochastic depth (Huang et al., arXiv 1603.09382): a residual branch falls out for a whole sample."""
+    """Stochastic depth (Huang et al., arXiv 1603.09382): drops a residual branch for a whole sample."""
 
     def __init__(self, rate: float) -> None:
         super().__init__()
         self.rate = rate
 
     def forward(self, branch: torch.Tensor) -> torch.Tensor:
-        """(B, ...) -> (B, ...); unchanged where no masks are at work."""
+        """(B, ...) -> (B, ...); unchanged without active masks."""
         active = _ACTIVE.get()
         return branch if active is None or not self.rate else active.masks.drop(branch, self.rate, samples=True)
 
 
 class _Dropping(TorchFunctionMode):
-    """Within it `F.dropout` drops a share `rate` with our masks, whatever it is called with; at 0 it is left alone."""
+    """Within it `F.dropout` drops a share `rate` with our masks, whatever its arguments; at 0 it is unchanged."""
 
     def __init__(self, masks: Masks, rate: float, *, repeated: bool = False) -> None:
         super().__init__()
@@ -154,8 +154,8 @@ def dropping(masks: Masks | None, rate: float) -> AbstractContextManager[Any]:
 
 
 def recomputed() -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
-    """torch's `checkpoint` asks for it before a block's forward pass: what is around that pass, and around the same
-    pass when it is computed again, which must meet the same masks."""
+    """The contexts of a block's forward pass and of its recomputation, for torch's `checkpoint`; both use the same
+    masks."""
     active = _ACTIVE.get()
     nothing = contextlib.nullcontext()
     return nothing, nothing if active is None else _Dropping(active.masks, active.rate, repeated=True)

@@ -1,4 +1,4 @@
-"""`vlv doctor`: what could keep a run from starting, ending or being reproduced, each with its remedy."""
+"""`vlv doctor`: finds what could keep a run from starting, finishing or being reproduced, and the remedies."""
 
 import importlib.util
 import os
@@ -26,7 +26,7 @@ _MEMORY_WISHED = 4 * _GIB
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing looked at. `problem`: a run would fail or could not be reproduced; `note`: worth knowing."""
+    """The result of one check. `problem`: a run would fail or could not be reproduced; `note`: worth knowing."""
 
     level: Literal["ok", "note", "problem"]
     what: str
@@ -35,7 +35,7 @@ class Finding:
 
 
 def examine(paths: Paths) -> list[Finding]:
-    """Look at everything; a check that itself fails is a problem with its error as finding."""
+    """Run all checks; a check that itself fails is a problem, with its error as the finding."""
     findings: list[Finding] = []
     for check in (_python, _packages, _torch, _room, _tools, _configuration, _data, _locks, _outbox, _env):
         findings += _guarded(check, paths)
@@ -46,7 +46,7 @@ def _guarded(check: Callable[[Paths], Iterator[Finding]], paths: Paths) -> list[
     found: list[Finding] = []
     try:
         found.extend(check(paths))
-    except Exception as error:  # a doctor that dies of the illness helps nobody
+    except Exception as error:  # one failing check must not hide the others
         found.append(Finding("problem", check.__name__.strip("_"), f"{type(error).__name__}: {error}"))
     return found
 
@@ -63,7 +63,7 @@ def _packages(paths: Paths) -> Iterator[Finding]:
         yield Finding("note", "packages", "no requirements.lock here to compare with")
         return
     pins = _PIN.findall(files.read_text(lock))
-    # torch, whose builds come from more than one index, is pinned by the package itself.
+    # The package itself pins torch, whose builds come from more than one index.
     pins += [pin for line in metadata.requires("vlv") or [] for pin in _PIN.findall(line)]
     wrong = []
     for name, wanted in pins:

@@ -1,7 +1,7 @@
-"""The command line, thin: each command reads the configuration, calls one function and prints.
+"""The command line: each command reads the configuration, calls one function and prints the result.
 
-Heavy modules are imported inside the commands, so that `vlv --help` is instant. An error that the library
-names is shown as its message and exit code 2; only a bug shows a traceback.
+Heavy modules are imported inside the commands, so that `vlv --help` is instant. One of the library's own errors
+is shown as its message, with exit code 2; only a bug shows a traceback.
 """
 
 import errno
@@ -23,14 +23,14 @@ from vlv.cli import plan as cli_plan
 from vlv.config import Paths
 from vlv.io import stopping, telemetry
 
-# Exit codes of the library's errors; of all others that it names: ANSWER.
+# Exit codes of the library's errors; those not listed have ANSWER.
 ANSWER = 2
-_SHOWN = 20  # failed images named on the screen; a file lists all
-# Exit codes of what goes through many images.
+_SHOWN = 20  # failed images shown on the screen; a file lists all
+# Exit codes of commands that process many images.
 SOME_FAILED, ALL_FAILED = 4, 5
 EXIT_CODES = {
-    "vlv.registry.promotion.PromotionRefused": 3,  # a verdict: all went well, the model is not good enough
-    "vlv.io.stopping.Stopped": 128 + signal.SIGTERM,  # asked to stop, and saved
+    "vlv.registry.promotion.PromotionRefused": 3,  # not a failure: the model is not good enough
+    "vlv.io.stopping.Stopped": 128 + signal.SIGTERM,  # asked to stop; the state is saved
 }
 _QUIET = {
     "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
@@ -39,7 +39,7 @@ _QUIET = {
 
 
 class App(typer.Typer):
-    """A Typer application that ends with a message where the library raised one of its own errors."""
+    """A Typer application that ends with a message if the library raised one of its own errors."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         try:
@@ -56,7 +56,7 @@ class App(typer.Typer):
 
 
 def is_answer(error: Exception) -> bool:
-    """Whether it is for the user to read: the library's own exceptions name cause and remedy, the system's a file."""
+    """Whether the message is for the user: the library's own errors name cause and remedy, the system's a file."""
     kind = type(error)
     if isinstance(error, OSError) and error.filename is not None:
         return True
@@ -64,7 +64,7 @@ def is_answer(error: Exception) -> bool:
 
 
 def _about_file(error: OSError) -> str:
-    """What the system says of a file: a full disk, no permission, a folder where a file should be."""
+    """The system's message about a file: a full disk, no permission, a folder where a file should be."""
     where = error.filename.decode(errors="replace") if isinstance(error.filename, bytes) else str(error.filename)
     remedy = "Make room on its disk" if error.errno == errno.ENOSPC else "Mend that"
     return f"{where}: {error.strerror}. {remedy}, and run the command again."
@@ -125,7 +125,7 @@ def run(
         bool,
         typer.Option(
             "--adopt",
-            help="Go on from an unfinished training that was begun by other code; what differs goes to its figures.",
+            help="Continue an unfinished training that other code began; its figures record the difference.",
         ),
     ] = False,
 ) -> None:
@@ -133,7 +133,7 @@ def run(
     if adopt:
         from vlv.stages import adoption
 
-        typer.echo(f"Going on with {adoption.adopt(stage.value, Paths.find())}")
+        typer.echo(f"Continuing {adoption.adopt(stage.value, Paths.find())}")
     stopping.end_with_dvc()
     stages.run(stage.value, Paths.find())
 
@@ -142,7 +142,7 @@ def run(
 def pretrain(
     part: Annotated[Part, typer.Argument(help="Which of the tiny profile's parts.")],
 ) -> None:
-    """Make one of the tiny profile's pretrained parts from scratch, into pretrained/tiny/, and say how good it is.
+    """Train one of the tiny profile's pretrained parts from scratch into pretrained/tiny/, and print how good it is.
 
     [dim]vlv pretrain encoder[/]
     """
@@ -157,18 +157,18 @@ def caption(
     folder: _Images,
     output: Annotated[Path, typer.Option("-o", "--output", help="JSON file: image name -> caption.")],
     model: _Model = None,
-    beams: Annotated[int | None, typer.Option(min=1, help="1: greedy; without: as the model was saved.")] = None,
-    max_tokens: Annotated[int | None, typer.Option(min=1, help="Of one caption; without: the model's own.")] = None,
+    beams: Annotated[int | None, typer.Option(min=1, help="1: greedy; default: as saved with the model.")] = None,
+    max_tokens: Annotated[int | None, typer.Option(min=1, help="For each caption; default: the model's own.")] = None,
     clean_up: Annotated[
         bool | None,
-        typer.Option("--clean-up/--as-written", help="End at the last full stop, no sentence twice; or neither."),
+        typer.Option("--clean-up/--as-written", help="Cut at the last full stop and drop repeated sentences, or not."),
     ] = None,
 ) -> None:
-    """Caption every image of a folder. Written as it goes; a killed run goes on where it was.
+    """Caption every image of a folder. Captions are saved as they are written; a killed run continues from there.
 
     A file that cannot be read is named on the screen and in OUTPUT.failures.jsonl; the same command tries it again.
-    Exit code 0: all images have a caption; 4: some have none; 5: not one has. A name that is not UTF-8 stands as
-    JSON's escapes for its bytes; Python's os.fsencode gives them back.
+    Exit code 0: all images have a caption; 4: some have none; 5: none has. A name that is not UTF-8 is written with
+    JSON escapes for its bytes; Python's os.fsencode restores them.
 
     [dim]vlv caption photos -o captions.json[/]
     """
@@ -184,16 +184,16 @@ def caption(
 def reconstruct(
     folder: _Images,
     output: Annotated[Path, typer.Option("-o", "--output", help="Folder for reconstructions and figures.")],
-    size: Annotated[int | None, typer.Option(min=1, help="Pixels, square; without: the model's own.")] = None,
+    size: Annotated[int | None, typer.Option(min=1, help="Side in pixels; default: the model's own.")] = None,
     guidance: Annotated[float, typer.Option(min=1.0, help="Classifier-free guidance.")] = 2.0,
     steps: Annotated[int, typer.Option(min=1, help="Sampler steps.")] = 50,
     seed: Annotated[int, typer.Option(help="Seed of the noise.")] = 42,
     model: _Model = None,
 ) -> None:
-    """Draw every image of a folder again from its caption embeddings: single, side by side, with figures.
+    """Reconstruct every image of a folder from its caption embeddings: alone, side by side, and with figures.
 
     A file that cannot be read is named on the screen and in failures.jsonl. Exit code 0: all images are drawn; 4: some
-    are not; 5: not one is.
+    are not; 5: none is.
 
     [dim]vlv reconstruct photos -o reconstructed --steps 20[/]
     """
@@ -219,13 +219,13 @@ def _tell(report: Any, result: str) -> None:
 
 
 def _printable(text: str) -> str:
-    """The text for a terminal, which takes no half characters (names that are not UTF-8 have some)."""
+    """The text without lone surrogates (from names that are not UTF-8), which a terminal cannot print."""
     return text.encode("utf-8", "backslashreplace").decode()
 
 
 @config_app.command("use")
 def config_use(profile: Annotated[str, typer.Argument(help="Name of a file in configs/.")]) -> None:
-    """Write a profile into params.yaml, where DVC sees it. [dim]vlv config use tiny[/]"""
+    """Write a profile to params.yaml, which DVC watches. [dim]vlv config use tiny[/]"""
     from vlv import config
 
     config.use(Paths.find(), profile)
@@ -234,7 +234,7 @@ def config_use(profile: Annotated[str, typer.Argument(help="Name of a file in co
 
 @config_app.command("show")
 def config_show() -> None:
-    """Print the active configuration, checked and with its defaults filled in."""
+    """Check the active configuration and print it with its defaults."""
     import yaml
 
     from vlv import config
@@ -247,7 +247,7 @@ def config_show() -> None:
 
 @app.command()
 def doctor() -> None:
-    """Check this machine and this project. Exit code 1: there is a problem, and its remedy is shown."""
+    """Check this machine and this project. Exit code 1: there is a problem; its remedy is shown."""
     from vlv.cli.doctor import examine
 
     colours = {"ok": "green", "note": "yellow", "problem": "red"}

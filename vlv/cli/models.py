@@ -16,10 +16,8 @@ app = typer.Typer(
 )
 
 _Output = Annotated[Path, typer.Option("-o", "--output", help="Folder to write; must not exist.")]
-_Checkpoint = Annotated[
-    Path, typer.Argument(metavar="CHECKPOINT", help="A file, or the folder it lies in.", exists=True)
-]
-_Profile = Annotated[str | None, typer.Option(help="Name of a file in configs/; without: params.yaml.")]
+_Checkpoint = Annotated[Path, typer.Argument(metavar="CHECKPOINT", help="A file, or its folder.", exists=True)]
+_Profile = Annotated[str | None, typer.Option(help="Name of a file in configs/; default: params.yaml.")]
 
 
 @app.command()
@@ -94,7 +92,7 @@ def _say(taken: int, verified: int, dropped: dict[str, str], output: Path) -> No
         typer.echo(f"dropped {name}: {reason}")
 
 
-_Name = Annotated[str | None, typer.Argument(help="Registered model; without: both of params.yaml.")]
+_Name = Annotated[str | None, typer.Argument(help="Registered model; default: both of params.yaml.")]
 
 
 def _names(name: str | None, paths: Paths) -> list[str]:
@@ -104,11 +102,12 @@ def _names(name: str | None, paths: Paths) -> list[str]:
 
 def promote(
     name: _Name = None,
-    version: Annotated[int | None, typer.Option(min=1, help="Without: the challenger.")] = None,
+    version: Annotated[int | None, typer.Option(min=1, help="Default: the challenger.")] = None,
 ) -> None:
     """Make the challenger the champion, if it passes the gates of mlflow/policy.yaml.
 
-    Refused (exit code 3) with each gate that failed, its figure and its limit. [dim]vlv promote[/]
+    If a gate fails, the model is refused (exit code 3) and each failed gate is shown with its figure and its limit.
+    [dim]vlv promote[/]
     """
     from vlv import registry
 
@@ -127,7 +126,7 @@ def rollback(
     why: Annotated[str, typer.Option(help="Reason, kept in the history.")],
     name: _Name = None,
 ) -> None:
-    """Give the champion's place back to the version before. [dim]vlv rollback --why "bad on photos"[/]"""
+    """Make the previous champion the champion again. [dim]vlv rollback --why "bad on photos"[/]"""
     from vlv import registry
 
     paths = Paths.find()

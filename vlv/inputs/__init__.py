@@ -1,1 +1,1 @@
-"""What decides a result: the code that a function reaches, as hashes."""
+"""Hashes of the code that decides a result: the code that a function reaches."""

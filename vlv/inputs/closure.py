@@ -2,14 +2,14 @@
 
 `symbols` starts at some functions and follows the names in their source to the package's other functions, classes
 and constants. A method belongs to it only if its class is reached and its name is used somewhere in reached code
-(rapid type analysis, Bacon and Sweeney 1996, by name), so that a change of `Captioner.save` is no change of the
-training.
+(rapid type analysis, Bacon and Sweeney 1996, by name), so that a change of `Captioner.save` does not count as a
+change of the training.
 
-Names that are put together while the program runs are not seen. The package has two such places, the stages and the
-kinds of decoders, and their modules are given as roots. tests/test_closure.py runs every stage and compares the
-functions that were called with the ones found here.
+Names that are composed at run time are not found. The package has two such places, the stages and the kinds of
+decoders, and their modules are given as roots. tests/test_closure.py runs every stage and compares the called
+functions with those found here.
 
-A kind of decoder may lie outside the package. Then the names of its own package are followed too.
+For a kind of decoder outside this package, the names of its own package are followed too.
 """
 
 import ast
@@ -20,41 +20,41 @@ from collections.abc import Iterable
 from vlv.inputs import source
 from vlv.inputs.source import Module, Sources, Symbol
 
-# Modules that decide no weight and no figure, so that a change of them makes no result stale.
+# Modules that influence no weight and no figure, so a change of them makes no result stale.
 NEUTRAL = (
-    "vlv.io.assets",  # fetches files; their contents are hashed by whoever uses them
-    "vlv.inputs",  # names what a result is made from
+    "vlv.io.assets",  # fetches files; the code that uses them hashes their contents
+    "vlv.inputs",  # computes these hashes
     "vlv.stages.inputs",
     "vlv.stages.adoption",
     "vlv.io.json_lines",
-    "vlv.io.files",  # moves bytes; a number that passes through it is written and read as it is
+    "vlv.io.files",  # moves bytes and changes no number
     "vlv.tracking",  # MLflow's records
-    "vlv.io.tables",  # what is shown and logged
+    "vlv.io.tables",  # display and logs
     "vlv.io.telemetry",  # switches of libraries
-    "vlv.io.progress",  # the screen
+    "vlv.io.progress",  # progress display
     "vlv.evaluation.figures",  # plots and cards
     "vlv.training.ledger",  # costs
 )
 
-# Decorators that leave it to callers whether a method runs. Any other may register it somewhere.
+# With these decorators a method runs only if it is called. Any other may register it somewhere.
 _PLAIN_DECORATORS = {
     "property", "staticmethod", "classmethod", "abstractmethod", "contextmanager", "contextlib.contextmanager",
     "functools.cached_property", "functools.cache", "torch.no_grad", "final", "override",
 }  # fmt: skip
-# Bases from outside the package that call no method of a class by a name of their own choice. `nn.Module` calls
-# `forward`, which is always taken.
+# Base classes outside the package that do not call a subclass's methods themselves. `nn.Module` calls `forward`,
+# which is always included.
 _PLAIN_BASES = {"ABC", "Protocol", "Generic", "nn.Module", "NamedTuple", "StrEnum", "Enum"}
 _ALWAYS = {"forward"}
 
 
 @functools.cache
 def _package() -> Sources:
-    """The sources of this package, parsed once a process."""
+    """The sources of this package, parsed once per process."""
     return Sources()
 
 
 def symbols(roots: Iterable[str], sources: Sources | None = None) -> set[Symbol]:
-    """The definitions that `roots` ("module:name", where name may be "Class.method") reach.
+    """The definitions reached from `roots` ("module:name", where name may be "Class.method").
 
     Args:
         sources: those of another copy of the package.
@@ -66,7 +66,7 @@ def symbols(roots: Iterable[str], sources: Sources | None = None) -> set[Symbol]
 
 
 def hashes(roots: Iterable[str], sources: Sources | None = None) -> dict[str, str]:
-    """Modules with code that `roots` reach -> hash of that code. Arguments and errors are those of `symbols`."""
+    """Module -> hash of its code reached from `roots`. Arguments and errors are those of `symbols`."""
     by_module: dict[str, list[Symbol]] = {}
     for symbol in sorted(symbols(roots, sources)):
         by_module.setdefault(symbol.module, []).append(symbol)
@@ -74,19 +74,19 @@ def hashes(roots: Iterable[str], sources: Sources | None = None) -> dict[str, st
 
 
 def code_hash(*roots: str) -> str:
-    """One hash of all the code that `roots` reach: what a cache of their results is known by."""
+    """One hash of all code reached from `roots`; it identifies a cache of their results."""
     found = "".join(f"{name}:{digest}\n" for name, digest in sorted(hashes(roots).items()))
     return hashlib.sha256(found.encode()).hexdigest()
 
 
 def definitions(module: str) -> list[str]:
-    """All definitions of a module and their methods, as roots; none where there is no such module."""
+    """All definitions of a module and their methods, as roots; none if there is no such module."""
     found = _package().module(module)
     return [] if found is None else [f"{module}:", *(f"{module}:{name}" for name in source.names_of(found))]
 
 
 class _Walk:
-    """One search from some roots."""
+    """One search from given roots."""
 
     def __init__(self, sources: Sources) -> None:
         self._sources = sources
@@ -94,12 +94,12 @@ class _Walk:
         self._todo: list[Symbol] = []
         self._used: set[str] = set()  # names after a dot, in reached code
         self._waiting: dict[str, set[Symbol]] = {}  # method name -> methods of reached classes, not reached yet
-        self._packages = {"vlv"}  # whose names are followed
+        self._packages = {"vlv"}  # names of these packages are followed
 
     def run(self, roots: list[Symbol]) -> set[Symbol]:
         self._packages |= {root.module.partition(".")[0] for root in roots}
         for root in roots:
-            self._sources.nodes(root)  # raises where there is none
+            self._sources.nodes(root)  # raises if there is none
             self._reach(root)
             owner, dot, _ = root.name.partition(".")
             if dot:
@@ -137,7 +137,7 @@ class _Walk:
                 self._reach(method)
 
     def _dotted(self, dotted: str) -> None:
-        """Reach what an imported name stands for, through modules that only pass it on."""
+        """Reach the definition of an imported name, through modules that only re-export it."""
         parent, _, name = dotted.rpartition(".")
         if dotted.startswith(NEUTRAL) or not self._followed(dotted):
             return
@@ -148,14 +148,14 @@ class _Walk:
             self._reach(Symbol(parent, ""))
             self._dotted(module.imports[name])
         elif self._sources.module(dotted) is not None:
-            self._reach(Symbol(dotted, ""))  # a module; its members are reached where they are named
+            self._reach(Symbol(dotted, ""))  # a module; its members are reached by their own names
 
     def _followed(self, dotted: str) -> bool:
         package, dot, _ = dotted.partition(".")
         return package in self._packages and bool(dot)
 
     def _class(self, owner: Symbol, node: ast.ClassDef, module: Module) -> None:
-        """Let the methods of a reached class wait for their names, or reach those that something else may call."""
+        """Queue the methods of a reached class until their names are used; reach those that other code may call."""
         foreign = any(not self._plain(base, module) for base in node.bases)
         for method in source.methods(node):
             symbol = Symbol(owner.module, f"{owner.name}.{method.name}")
@@ -169,7 +169,7 @@ class _Walk:
                 self._waiting.setdefault(method.name, set()).add(symbol)
 
     def _plain(self, base: ast.expr, module: Module) -> bool:
-        """Whether a base class is the package's own, or one that calls nothing by itself."""
+        """Whether a base class is the package's own, or one that calls no methods by itself."""
         bare = base.value if isinstance(base, ast.Subscript) else base
         name = ast.unparse(bare)
         first = name.partition(".")[0]

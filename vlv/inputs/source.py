@@ -1,6 +1,6 @@
 """The package's source as syntax trees: which definitions a module has, which names they use, and a hash of their code.
 
-What decides no number is left out before hashing: comments, docstrings, log lines and the words of errors.
+Code that influences no number is removed before hashing: comments, docstrings, log lines and error messages.
 """
 
 import ast
@@ -17,16 +17,16 @@ PACKAGE = Path(__file__).resolve().parents[1]
 
 _LOGGERS = {"log", "logger"}
 _LEVELS = {"debug", "info", "warning", "error", "exception"}
-# Fields of syntax trees that say nothing about what is computed, or that not all versions of Python have.
+# Fields of syntax trees that do not affect the computation, or that not all versions of Python have.
 _NOT_CODE = {"ctx", "type_comment", "kind", "type_params"}
-# The configuration's classes: the values of their fields stand in a stage's inputs, so defaults are not code.
+# The configuration's classes: the values of their fields are in a stage's inputs, so defaults are not hashed as code.
 SETTINGS = "vlv.config"
 
 
 @dataclass(frozen=True, order=True)
 class Symbol:
-    """A definition: `vlv.models.encoder`, `CaptionEncoder.features`; an empty name is what a module runs when it is
-    imported."""
+    """A definition, such as `vlv.models.encoder`, `CaptionEncoder.features`; an empty name stands for the code that
+    a module runs when it is imported."""
 
     module: str
     name: str
@@ -40,7 +40,7 @@ class Symbol:
 
 @dataclass
 class Module:
-    """A parsed module: where its names come from, its definitions, and what it does when it is imported."""
+    """A parsed module: the origin of its names, its definitions, and the code that runs on import."""
 
     name: str
     imports: dict[str, str] = field(default_factory=dict)  # local name -> dotted name
@@ -49,7 +49,7 @@ class Module:
 
 
 class _Cleaner(ast.NodeTransformer):
-    """Takes out of a copy of the tree what decides no number."""
+    """Removes code that influences no number from a copy of the tree."""
 
     def visit_Raise(self, node: ast.Raise) -> ast.Raise:
         error = node.exc
@@ -62,14 +62,14 @@ class _Cleaner(ast.NodeTransformer):
             return ast.Pass()
         match node.value:
             case ast.Call(func=ast.Attribute(value=ast.Name(id=name), attr=level), args=arguments):
-                # Unless a call in it does something besides.
+                # Unless a call in it has a side effect.
                 works = any(isinstance(one, ast.Call) for argument in arguments for one in ast.walk(argument))
                 if name in _LOGGERS and level in _LEVELS and not works:
                     return ast.Pass()
         return self.generic_visit(node)
 
     def visit_ImportFrom(self, node: ast.ImportFrom) -> ast.AST:
-        # What is used of the package is hashed where it is defined.
+        # Names imported from the package are hashed where they are defined.
         return ast.Pass() if (node.module or "").partition(".")[0] == "vlv" else node
 
 
@@ -87,7 +87,7 @@ class Sources:
         self._texts: dict[Symbol, str] = {}
 
     def hash(self, symbols: Iterable[Symbol]) -> str:
-        """Hash of the code of some symbols of one module, without what decides no number."""
+        """Hash of the code of some symbols of one module, without code that influences no number."""
         digest = hashlib.sha256()
         for symbol in symbols:
             if symbol not in self._texts:
@@ -143,7 +143,7 @@ class Sources:
 def find(module: str) -> Path | None:
     """The file of a module outside this package, found without running any code of it; None if there is none."""
     first, *rest = module.split(".")
-    spec = importlib.util.find_spec(first)  # of a whole module's name it would import the packages on the way
+    spec = importlib.util.find_spec(first)  # with the full module name it would import the parent packages
     if spec is None:
         return None
     if not rest:
@@ -210,7 +210,7 @@ def _cleaned(node: ast.stmt) -> ast.AST:
 
 
 def _text(node: ast.AST) -> str:
-    """A syntax tree as text, the same in all versions of Python and however the source is laid out."""
+    """A syntax tree as text, independent of the Python version and of the source's layout."""
     fields = []
     for name, value in ast.iter_fields(node):
         if value is None or value == [] or name in _NOT_CODE:
@@ -223,7 +223,7 @@ def _text(node: ast.AST) -> str:
 
 @dataclass
 class Names:
-    """What some code names: definitions of its own module, imported things, and whatever follows a dot."""
+    """The names in some code: definitions of its own module, imported names, and names after a dot."""
 
     local: set[str] = field(default_factory=set)
     imported: set[str] = field(default_factory=set)

@@ -1,1 +1,1 @@
-"""Files, images, assets: how bytes come in and go out."""
+"""Reading and writing: files, images, assets."""

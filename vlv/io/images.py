@@ -1,6 +1,6 @@
 """Images between bytes, uint8 pixels and the models' [-1, 1] range.
 
-The only place where a pixel range changes. Shapes: arrays are (H, W, 3) uint8, batches for models are
+Pixel ranges change only here. Shapes: arrays are (H, W, 3) uint8, batches for models are
 (B, 3, H, W), uint8 in 0..255 or float in [-1, 1].
 """
 
@@ -21,15 +21,15 @@ from vlv.config import Config, Resize
 
 Pixels = NDArray[np.uint8]
 
-# The formats that are opened, and the endings that their files have. Pillow knows forty more, some of which run a
-# program (EPS starts Ghostscript whatever the file is called) and many of which nobody has attacked for years.
+# The accepted formats and their file suffixes. Pillow reads forty more. Some of them run a program (EPS starts
+# Ghostscript whatever the file is called), and many are hardly tested against attacks.
 FORMATS = {
     "JPEG": (".jpg", ".jpeg"), "PNG": (".png",), "WEBP": (".webp",), "BMP": (".bmp",), "GIF": (".gif",),
     "TIFF": (".tif", ".tiff"), "AVIF": (".avif",),
 }  # fmt: skip
 SUFFIXES = frozenset(suffix for suffixes in FORMATS.values() for suffix in suffixes)
 
-# A picture above this is refused before its pixels are decoded: a decompression bomb would take all memory.
+# A larger picture is refused before its pixels are decoded: a decompression bomb would take all memory.
 MAX_PIXELS = 200_000_000
 
 
@@ -39,10 +39,10 @@ class ImageError(ValueError):
 
 @contextmanager
 def _opened(data: bytes, name: str) -> Iterator[Image.Image]:
-    """A picture of one of the `FORMATS`, its pixels not yet decoded; whatever fails in the block is an `ImageError`.
+    """Open a picture of one of the `FORMATS` without decoding it; any error in the block becomes an `ImageError`.
 
-    Decoders raise what they like on damage: OSError, SyntaxError, struct.error, NotImplementedError, RuntimeError,
-    MemoryError for a size that is a lie.
+    Decoders raise many kinds of errors for damaged files: OSError, SyntaxError, struct.error, NotImplementedError,
+    RuntimeError, and MemoryError for a false size.
     """
     try:
         with Image.open(io.BytesIO(data), formats=list(FORMATS)) as image:
@@ -58,22 +58,22 @@ def _opened(data: bytes, name: str) -> Iterator[Image.Image]:
 
 
 def decode(data: bytes, name: str = "image") -> Pixels:
-    """Decode one of the `FORMATS` to (H, W, 3) uint8 RGB, upright by its EXIF orientation.
+    """Decode one of the `FORMATS` to (H, W, 3) uint8 RGB, turned upright by its EXIF orientation.
 
-    The content says which format it is, not the file's name, and no program is started. Transparent pixels are laid
-    on white; of a moving picture the first frame counts. `name` is what an error calls the image.
+    The content decides the format, not the file's name, and no program is started. Transparent pixels are laid
+    on white; an animation gives its first frame. `name` is the image's name in error messages.
 
     Raises:
-        ImageError: of no such format, unreadable, truncated or larger than `MAX_PIXELS`.
+        ImageError: another format, unreadable, truncated or larger than `MAX_PIXELS`.
     """
     with _opened(data, name) as image:
         return to_rgb(image)
 
 
 def to_rgb(image: Image.Image) -> Pixels:
-    """A Pillow image -> (H, W, 3) uint8 RGB: upright by its EXIF orientation, transparent pixels laid on white."""
+    """A Pillow image -> (H, W, 3) uint8 RGB: turned upright by its EXIF orientation, transparent pixels on white."""
     image = ImageOps.exif_transpose(image)
-    if image.mode.startswith("I;16"):  # Pillow clips 16 bits at 255, which leaves a white picture
+    if image.mode.startswith("I;16"):  # Pillow clips 16 bits at 255, which gives a white picture
         image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
     if image.has_transparency_data:
         image = image.convert("RGBA")
@@ -83,10 +83,10 @@ def to_rgb(image: Image.Image) -> Pixels:
 
 
 def decode_base64(text: str, name: str = "image") -> Pixels:
-    """Decode an image file that came as base64, as `decode` does.
+    """Decode an image file given as base64, as `decode` does.
 
     Raises:
-        ImageError: also where it is no base64.
+        ImageError: as for `decode`, and for text that is not base64.
     """
     try:
         data = base64.b64decode(text)
@@ -96,10 +96,10 @@ def decode_base64(text: str, name: str = "image") -> Pixels:
 
 
 def header(data: bytes, name: str = "image") -> tuple[int, int, str]:
-    """Width and height in pixels as stored (before any turning), and Pillow's name of the mode.
+    """Width and height in pixels as stored (before any rotation), and Pillow's name of the mode.
 
     Raises:
-        ImageError: as for `decode`, as far as the first bytes tell.
+        ImageError: as for `decode`, where the first bytes show it.
     """
     with _opened(data, name) as image:
         return image.width, image.height, image.mode
@@ -108,8 +108,8 @@ def header(data: bytes, name: str = "image") -> tuple[int, int, str]:
 def encode_png(pixels: Pixels) -> bytes:
     """Encode (H, W, 3) uint8 as PNG, to the same bytes on every machine.
 
-    Run-length deflate (zlib's Z_RLE) looks for no matches in a hash table, which is where zlib builds for
-    different processors differ; the data set's hash depends on it.
+    The data set's hash depends on these bytes. Run-length deflate (zlib's Z_RLE) does not search for matches in a
+    hash table; that search differs between zlib builds for different processors.
     """
     buffer = io.BytesIO()
     Image.fromarray(pixels).save(buffer, format="PNG", compress_type=3)
@@ -124,7 +124,7 @@ def encode_jpeg(pixels: Pixels, quality: int = 95) -> bytes:
 
 
 def shrink(pixels: Pixels, longest: int) -> Pixels:
-    """Scale (H, W, 3) down so that the longer side is at most `longest` pixels; smaller images stay as they are."""
+    """Scale (H, W, 3) down so that the longer side is at most `longest` pixels; smaller images stay unchanged."""
     height, width = pixels.shape[:2]
     if max(height, width) <= longest:
         return pixels
@@ -148,8 +148,8 @@ def resize_crop(pixels: Pixels, size: int, how: Resize = "bicubic") -> Pixels:
 
 
 def _resize_crop_as_torchvision(pixels: Pixels, size: int) -> Pixels:
-    """What torchvision's `Resize(size)` and `CenterCrop(size)` make of a PIL image by default: bilinear, the longer
-    side rounded down, the margin rounded to the nearest."""
+    """As torchvision's `Resize(size)` and `CenterCrop(size)` do for a PIL image by default: bilinear, the longer
+    side rounded down, the margin rounded to nearest."""
     height, width = pixels.shape[:2]
     longer = int(size * max(height, width) / min(height, width))
     target = (size, longer) if width <= height else (longer, size)
@@ -159,7 +159,7 @@ def _resize_crop_as_torchvision(pixels: Pixels, size: int) -> Pixels:
 
 
 def scale(batch: torch.Tensor, size: int) -> torch.Tensor:
-    """Squares (B, 3, S, S) uint8 -> (B, 3, size, size) uint8, bicubic and antialiased, where they are not that size."""
+    """Squares (B, 3, S, S) uint8 -> (B, 3, size, size) uint8, bicubic and antialiased; unchanged if S is `size`."""
     if batch.shape[-1] == size:
         return batch
     resized = F.interpolate(batch.float(), (size, size), mode="bicubic", antialias=True)
@@ -178,8 +178,8 @@ def to_model(batch: torch.Tensor) -> torch.Tensor:
 
 
 def to_processor(batch: torch.Tensor, mean: torch.Tensor, std: torch.Tensor) -> torch.Tensor:
-    """(B, 3, H, W) uint8 -> float32 as an image processor has it: 0 to 1, less its mean, over its std (both
-    broadcast)."""
+    """(B, 3, H, W) uint8 -> float32 as an image processor does it: scaled to 0..1, minus its mean, divided by its
+    std (both broadcast)."""
     return ((to_model(batch) + 1) / 2 - mean) / std
 
 
@@ -227,12 +227,12 @@ def grid(
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """The chain of one model.
+    """The preprocessing of one model.
 
     Attributes:
-        square: pixels, side of the training data's squares (data.image_size).
-        resize: how a picture is brought to that square (data.resize).
-        tower: pixels, side of the vision tower's input (encoder.image_size).
+        square: side of the training data's squares in pixels (data.image_size).
+        resize: how a picture is resized to that square (data.resize).
+        tower: side of the vision tower's input in pixels (encoder.image_size).
     """
 
     square: int
@@ -241,7 +241,7 @@ class Preprocessing:
 
     @staticmethod
     def of(settings: Config) -> "Preprocessing":
-        """As a configuration says; a saved model has its own."""
+        """The preprocessing of a configuration; a saved model has its own."""
         return Preprocessing(settings.data.image_size, settings.data.resize, settings.encoder.image_size)
 
     def cut(self, pictures: Sequence[Pixels]) -> torch.Tensor:
@@ -252,7 +252,7 @@ class Preprocessing:
         """Squares (B, 3, S, S) uint8 -> (B, 3, T, T) uint8.
 
         Raises:
-            ValueError: other images than squares of the training data's size.
+            ValueError: the images are not squares of the training data's size.
         """
         if batch.shape[2:] != (self.square, self.square):
             raise ValueError(

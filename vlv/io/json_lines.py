@@ -1,4 +1,4 @@
-"""JSON lines: a file to which one JSON object is appended at a time, safe against kills and parallel writers."""
+"""JSON-lines files: JSON objects are appended one at a time, safely despite kills and parallel writers."""
 
 import fcntl
 import logging
@@ -15,14 +15,14 @@ _REMEDY = "Restore it, or remove it and run the command again."
 
 
 def append(path: Path, value: Any) -> None:
-    """Append one JSON object as a line and flush it to disk; half a line that a kill left is removed first.
+    """Append one JSON object as a line and flush it to disk; first remove half a line that a kill left.
 
-    The file is locked meanwhile: threads and processes may append to the same one.
+    The file is locked meanwhile, so threads and processes may append to the same file.
     """
     line = (files.to_json(value) + "\n").encode()
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a+b") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)  # given back when the file is closed
+        fcntl.flock(file, fcntl.LOCK_EX)  # released when the file is closed
         _cut_torn_line(file)
         file.write(line)
         file.flush()
@@ -30,12 +30,12 @@ def append(path: Path, value: Any) -> None:
 
 
 def write(path: Path, rows: Iterable[Any]) -> None:
-    """Write objects as lines of JSON, atomically."""
+    """Write objects as JSON lines, atomically."""
     files.write_text(path, "".join(files.to_json(row) + "\n" for row in rows))
 
 
 def _cut_torn_line(file: IO[bytes]) -> None:
-    """Cut off what follows the last line end: appended to, it would spoil the next line as well."""
+    """Cut off what follows the last line end: it would damage the next line as well."""
     end = size = file.seek(0, os.SEEK_END)
     while end > 0:
         start = max(0, end - 65536)
@@ -50,10 +50,10 @@ def _cut_torn_line(file: IO[bytes]) -> None:
 
 
 def iterate(path: Path, start: int = 0) -> Iterator[tuple[dict[str, Any] | files.FileError, int]]:
-    """The finished lines of a JSON-lines file from byte `start` on, one in memory, each with the byte after it.
+    """Yield the complete lines of a JSON-lines file from byte `start` on, each with the position after it.
 
-    A line that is no JSON object comes as the `FileError` that says so, for the caller to raise or to pass over. A last
-    line without its end was never finished and does not come. No file: no lines.
+    A line that is not a JSON object is yielded as a `FileError`, which the caller raises or skips. A last line without
+    a line end is incomplete and left out. A missing file has no lines. One line at a time is in memory.
     """
     try:
         opened = path.open("rb")
@@ -79,7 +79,7 @@ def iterate(path: Path, start: int = 0) -> Iterator[tuple[dict[str, Any] | files
 
 
 def read(path: Path, fits: Callable[[dict[str, Any]], bool] = lambda row: True) -> list[dict[str, Any]]:
-    """The objects of a JSON-lines file; damaged lines, and objects that do not fit, are passed over with a warning."""
+    """The objects of a JSON-lines file; damaged lines, and objects that do not fit, are skipped with a warning."""
     rows: list[dict[str, Any]] = []
     damaged = 0
     for row, _ in iterate(path):

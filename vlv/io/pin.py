@@ -1,11 +1,11 @@
-"""data.dvc, the data's pin: reads it, compares it with data/, and writes it again when the data is meant to change.
+"""Reads data.dvc, the data's pin, compares it with data/, and rewrites it when the data is meant to change.
 
-`dvc repro` takes changed data silently and rewrites data.dvc, so the comparison comes first and must not write. DVC's
-hash of a folder is the md5 of a JSON list of its files (dvc_data.hashfile.tree.Tree.as_bytes); a test holds ours
-against `dvc add`. DVC runs as a program; nothing of it is imported.
+`dvc repro` silently accepts changed data and rewrites data.dvc, so the comparison comes first and must not write. DVC's
+hash of a folder is the md5 of a JSON list of its files (dvc_data.hashfile.tree.Tree.as_bytes); a test compares ours
+with that of `dvc add`. DVC runs as a program and is not imported.
 
-A pin remembers under `meta: made_from:` the settings that the data was made from. Data made from the same settings must
-be the pinned data, to the byte; other settings make other data, which gets a pin of its own.
+A pin records, under `meta: made_from:`, the settings that the data was made from. The same settings must give the
+pinned data byte for byte; other settings give other data, which gets a new pin.
 """
 
 import hashlib
@@ -26,7 +26,7 @@ REMEDY = "Restore it with: git checkout data.dvc, or pin the data with: dvc add 
 
 
 class PinError(RuntimeError):
-    """The data could not be pinned; the message says what DVC said."""
+    """The data could not be pinned; the message contains DVC's error."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Hashes:
 
 
 def hash_file(path: Path) -> Hashes:
-    """Both digests in one reading."""
+    """Compute both digests in one pass."""
     sha256, md5 = hashlib.sha256(), hashlib.md5(usedforsecurity=False)
     with path.open("rb") as file:
         while chunk := file.read(1 << 20):
@@ -72,9 +72,9 @@ def pinned_md5(pointer: Path) -> str:
 
 
 def difference(pointer: Path, md5s: dict[str, str]) -> str | None:
-    """None if the files are the pinned version, otherwise what differs.
+    """None if the files are the pinned version, otherwise a text that says what differs.
 
-    The pointer holds one hash for all files. Which file differs is known only if DVC's cache has the listing.
+    The pin holds one hash for all files. The text can name files only if DVC's cache has their list.
     """
     try:
         pinned = pinned_md5(pointer)
@@ -93,7 +93,7 @@ def difference(pointer: Path, md5s: dict[str, str]) -> str | None:
 
 
 def made_from(paths: Paths) -> dict[str, Any] | None:
-    """The settings that the pinned data was made from; None without a pin, or where it does not say."""
+    """The settings that the pinned data was made from; None if there is no pin or it does not record them."""
     pointer = paths.root / POINTER
     if not pointer.exists():
         return None
@@ -103,9 +103,9 @@ def made_from(paths: Paths) -> dict[str, Any] | None:
 
 
 def is_needed(paths: Paths, source: dict[str, Any]) -> bool:
-    """Whether data made from `source` (the manifest's) needs a pin of its own."""
+    """Whether data made from `source` (the manifest's) needs a new pin."""
     if not (paths.root / ".dvc").is_dir():
-        return False  # no DVC project: nothing to pin in
+        return False  # not a DVC project
     if not (paths.root / POINTER).exists():
         return True
     before = made_from(paths)
@@ -127,11 +127,11 @@ def add(paths: Paths, source: dict[str, Any]) -> None:
 
 
 def cache(paths: Paths) -> None:
-    """Put data/, which has to be the pinned data, into DVC's cache. Raises `PinError`."""
+    """Put data/, which must be the pinned data, into DVC's cache. Raises `PinError`."""
     pointer = paths.root / POINTER
     text = files.read_text(pointer, REMEDY)
     _dvc_add(paths)
-    files.write_text(pointer, text)  # dvc add writes the same in another order, which git would call a change
+    files.write_text(pointer, text)  # dvc add writes the same in another order, which git would report as a change
 
 
 def _cached(root: Path, md5: str) -> Path:

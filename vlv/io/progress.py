@@ -51,7 +51,7 @@ class Meter:
             log.info("%s: %d done in %.0f s", self._description, self._done, time.monotonic() - self._start)
 
     def skip(self, done: int) -> None:
-        """Work that an earlier run had done: counted, but not in the estimate of the remaining time."""
+        """Count work that an earlier run did; the estimate of the remaining time ignores it."""
         self._done += done
         self._skipped = done
         if self._bar:
@@ -77,7 +77,7 @@ class Meter:
 def meter(description: str, total: int, silent: bool = False) -> Iterator[Meter]:
     """Show progress of `total` units of work: `with meter("Encoding", n) as m: ... m.advance(k)`.
 
-    `silent`: one of several processes, of which another shows it.
+    `silent`: show nothing, because another process shows the progress.
     """
     with Meter(description, total, silent) as m:
         yield m

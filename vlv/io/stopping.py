@@ -1,4 +1,4 @@
-"""Being asked to stop: the error that says so, and a process that ends when the one that started it is gone."""
+"""Stopping on request: the error for it, and a way to end a process when the process that started it is gone."""
 
 import os
 import signal
@@ -8,15 +8,15 @@ import time
 import psutil
 
 _LOOK_SECONDS = 0.5
-_DVC_STAGE = "DVC_STAGE"  # DVC names the stage to what it starts
+_DVC_STAGE = "DVC_STAGE"  # DVC sets it for the processes that it starts
 
 
 class Stopped(RuntimeError):
-    """The work was asked to stop; its state is saved and the same command goes on with it. Not a failure."""
+    """The work was asked to stop. Its state is saved, and the same command continues it. Not a failure."""
 
 
 def end_with(process: psutil.Process, seconds: float) -> None:
-    """Send this process SIGTERM once `process` is no more, and make it end if it is still there `seconds` later."""
+    """Send this process SIGTERM when `process` has ended, and kill it if it still runs `seconds` later."""
 
     def follow() -> None:
         while _runs(process):
@@ -28,9 +28,9 @@ def end_with(process: psutil.Process, seconds: float) -> None:
 
 
 def end_with_dvc(seconds: float = 300.0) -> None:
-    """`end_with` the DVC that started this process, if one did: killed, DVC leaves what it started running.
+    """Call `end_with` for the DVC that started this process, if any: a killed DVC leaves its stages running.
 
-    There may be a shell in between, which does not end with DVC either.
+    A shell between the two does not end with DVC either.
     """
     if _DVC_STAGE not in os.environ:
         return
@@ -39,12 +39,12 @@ def end_with_dvc(seconds: float = 300.0) -> None:
             if _DVC_STAGE not in ancestor.environ():
                 end_with(ancestor, seconds)
                 return
-        except psutil.Error:  # gone, or another user's: then it is not DVC
+        except psutil.Error:  # it has ended, or belongs to another user: then it is not DVC
             return
 
 
 def terminated(_number: int, _frame: object) -> None:
-    """A handler for SIGTERM: an ordinary exit with 143, so that context managers close. It is made sure of."""
+    """A handler for SIGTERM: an ordinary exit with 143, so that context managers close; killed if that takes long."""
     threading.Thread(target=_end_after, args=(60.0,), name="vlv-terminated", daemon=True).start()
     raise SystemExit(128 + signal.SIGTERM)
 

@@ -1,4 +1,4 @@
-"""Nested results as flat keys, and tables in Markdown: for what is shown and logged. Nothing is computed here."""
+"""Nested results as flat keys, and Markdown tables, for display and logs. Nothing is computed here."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -16,7 +16,7 @@ def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def numbers(values: Mapping[str, Any]) -> dict[str, float]:
-    """The numbers of nested mappings under dotted keys; lists, texts and booleans are left out."""
+    """The numbers of nested mappings under dotted keys; lists, strings and booleans are left out."""
     return {
         key: float(value)
         for key, value in flatten(values).items()

@@ -23,12 +23,12 @@ PARTS = ["encoder", "decoder"]
 
 @dataclass(frozen=True)
 class Stage1Batch:
-    """What Stage 1 needs of B images: pixels, or what the frozen parts made of them.
+    """B images for Stage 1: their pixels, or the cached outputs of the frozen parts.
 
     Attributes:
         images: (B, 3, H, W) uint8; None where features and latents are cached.
-        features: (B, T, D) of the vision tower, if cached.
-        latent_mean, latent_std: (B, c, h, w) of the VAE, if cached.
+        features: (B, T, D), the vision tower's, if cached.
+        latent_mean, latent_std: (B, c, h, w), the VAE's, if cached.
     """
 
     images: torch.Tensor | None
@@ -46,7 +46,7 @@ class Autoencoder(nn.Module):
     """Encoder and frozen decoder; its forward is the Stage 1 loss.
 
     Args:
-        settings: those of Stage 1, for the loss; None for a model that only reconstructs.
+        settings: Stage 1's, for the loss; None for a model that only reconstructs.
     """
 
     def __init__(self, encoder: CaptionEncoder, decoder: Decoder[Any], settings: config.Stage1 | None = None) -> None:
@@ -100,7 +100,7 @@ class Autoencoder(nn.Module):
     ) -> list[images.Pixels]:
         """Reconstruct pictures (H, W, 3) uint8 of any size from their embeddings, as (S, S, 3) uint8.
 
-        Picture i has the seed `seed + i`, so that a result does not depend on the batch size.
+        Picture i uses the seed `seed + i`, so the result does not depend on the batch size.
         """
         result: list[images.Pixels] = []
         for i in range(0, len(pictures), batch_size):
@@ -129,7 +129,7 @@ class Autoencoder(nn.Module):
         """Load strictly from a folder that `save` or `saved.bundle` wrote.
 
         Raises:
-            ModelFolderError: another kind of folder, other keys, or other pretrained parts.
+            ModelFolderError: the wrong kind of folder, keys or pretrained parts.
         """
         found = saved.read(folder, KIND)
         root = saved.parts_root(folder, found, paths or Paths(folder))
@@ -140,7 +140,7 @@ class Autoencoder(nn.Module):
 
 
 def build_encoder(settings: Config, width: int, paths: Paths) -> CaptionEncoder:
-    """The encoder with new queries and a new projection, which may start on the text side, as configured."""
+    """The encoder with new queries and a new projection, which starts on the text side if configured so."""
     statistics = None
     if settings.encoder.start_on_text_side:
         statistics = build.text_statistics(settings.decoder, paths, settings.encoder.queries)

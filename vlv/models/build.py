@@ -1,10 +1,9 @@
-"""Building the pretrained parts: from their weights, or the same architecture with new weights.
+"""Builds the pretrained parts, with their weights or with new ones.
 
-Weights are safetensors. Nothing here unpickles or runs code that lies in a model folder. `weights: random` gives the
+Weights are safetensors. Nothing here unpickles data or runs code from a model folder. `weights: random` gives the
 same weights every time, so that a control or a test can be repeated.
 
-What is particular to a kind of decoder stands in that kind's module, and only the module of the configured kind is
-imported.
+Code for one kind of decoder is in that kind's module, and only the module of the configured kind is imported.
 """
 
 import importlib
@@ -32,20 +31,20 @@ from vlv.io.images import Preprocessing
 from vlv.models.decoders.base import Conditioner, Decoder
 from vlv.models.encoder import CaptionEncoder, Projection, processor_statistics, tokenize_prompt
 
-logging.disable_progress_bar()  # parts load in moments; a bar for each would hide what takes long
+logging.disable_progress_bar()  # parts load quickly; a bar for each would hide the slow steps
 
-# What the text side takes at its input ("embedding") and gives at its output ("context"): mean and std of each
-# position, each (T, W). It is shipped with a text-to-image model and made from text alone.
+# Mean and std of each position, each (T, W), of the text side's input ("embedding") and output ("context"). The file
+# is shipped with a text-to-image model and computed from text alone.
 STATISTICS = "text_statistics.safetensors"
 _RANDOM_SEED = 20250710
 
 
 class PretrainedError(RuntimeError):
-    """A pretrained part that cannot be built; the message names the folder and what is wrong."""
+    """A pretrained part cannot be built; the message names the folder and the problem."""
 
 
 def folder_of(section: config.Encoder | config.Decoder | config.LanguageModel, paths: Paths) -> Path:
-    """The part's folder. With random weights it is the folder of the architecture, where the section names one."""
+    """The part's folder. With random weights it is the folder of the architecture, if the section names one."""
     if section.weights == "random" and section.architecture:
         return assets.resolve(section.architecture, paths)
     return assets.resolve(section.pretrained, paths)
@@ -53,7 +52,7 @@ def folder_of(section: config.Encoder | config.Decoder | config.LanguageModel, p
 
 @contextmanager
 def building(what: str, folder: Path, weights: config.Weights) -> Iterator[None]:
-    """Wrap the building of a part: seed torch where its weights are random, and name the part in errors.
+    """Wrap the building of a part: seed torch if its weights are random, and name the part in errors.
 
     Raises:
         PretrainedError: the part cannot be built; `what` and `folder` say which one.
@@ -64,7 +63,7 @@ def building(what: str, folder: Path, weights: config.Weights) -> Iterator[None]
         try:
             yield
         except (PretrainedError, ConfigError):
-            raise  # it names the inner part or the setting already
+            raise  # it already names the inner part or the setting
         except Exception as error:  # the libraries raise errors of any kind for a damaged folder
             first = (str(error).strip() or type(error).__name__).split("\n")[0]
             if "trust_remote_code" in str(error):
@@ -97,16 +96,16 @@ def noise_schedule(cls: Any, folder: Path) -> Any:
 
 
 def attention() -> str:
-    """The attention implementation that transformers is asked for."""
-    # On a CPU the backward pass of the flash kernel costs more than plain products where heads are small.
+    """The attention implementation for transformers."""
+    # On a CPU the backward pass of the flash kernel costs more than plain products if heads are small.
     return "sdpa" if torch.cuda.is_available() else "eager"
 
 
 def tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     """The tokenizer in `folder`."""
     with building("tokenizer", folder, "pretrained"):
-        # tokenizer.json describes the whole tokenizer. AutoTokenizer goes by the model type in config.json instead:
-        # for a Qwen2 with another vocabulary it builds a wrong tokenizer from the same file, without a warning.
+        # tokenizer.json describes the whole tokenizer. AutoTokenizer uses the model type in config.json instead: for
+        # a Qwen2 with another vocabulary it builds a wrong tokenizer from the same file, without a warning.
         whole = (folder / "tokenizer.json").exists()
         kind = PreTrainedTokenizerFast if whole else AutoTokenizer
         loaded: PreTrainedTokenizerBase = kind.from_pretrained(folder, trust_remote_code=False)
@@ -114,7 +113,7 @@ def tokenizer(folder: Path) -> PreTrainedTokenizerBase:
 
 
 def tokenizer_if_any(folder: Path) -> PreTrainedTokenizerBase | None:
-    """The tokenizer in `folder`; None for an architecture alone, which may come without one."""
+    """The tokenizer in `folder`; None if there is none, as is possible for an architecture alone."""
     return tokenizer(folder) if folder.exists() else None
 
 
@@ -124,8 +123,8 @@ def text_encoder(cls: Any, settings_cls: Any, folder: Path, name: str, weights: 
         if weights == "random":
             settings = settings_cls.from_pretrained(folder / name, trust_remote_code=False)
             settings._attn_implementation = attention()
-            # The configuration names the dtype of the shipped weights. Without `float` new weights would be half
-            # precision too.
+            # The configuration names the dtype of the shipped weights. Without `float` new weights would also be half
+            # precision.
             return cls(settings).float().eval()
         return cls.from_pretrained(
             folder / name,
@@ -140,14 +139,14 @@ def text_encoder(cls: Any, settings_cls: Any, folder: Path, name: str, weights: 
 
 
 class Kind(Protocol):
-    """What the module of a kind of decoder defines: two functions that build its parts from a folder.
+    """The interface of a decoder kind's module: two functions that build its parts from a folder.
 
-    `folder` is where `decoder.pretrained` lies. With `weights: random` it may hold configurations alone, and `vlv plan`
-    calls both functions on the meta device.
+    `folder` is the local folder of `decoder.pretrained`. With `weights: random` it may hold only configurations, and
+    `vlv plan` calls both functions on the meta device.
     """
 
     def build_conditioner(self, section: config.Decoder, folder: Path) -> Conditioner[Any]:
-        """The text side; Stage 2 needs nothing else of a decoder."""
+        """The text side, the only part of a decoder that Stage 2 needs."""
         ...
 
     def build(self, section: config.Decoder, folder: Path, conditioner: Conditioner[Any]) -> Decoder[Any]:
@@ -159,7 +158,7 @@ def kind(section: config.Decoder) -> Kind:
     """The module of the configured kind.
 
     Raises:
-        ConfigError: it cannot be imported, or does not define what a kind must.
+        ConfigError: it cannot be imported, or it lacks a function of `Kind`.
     """
     try:
         module = importlib.import_module(section.module)
@@ -180,7 +179,7 @@ Options = TypeVar("Options", bound=Section)
 
 
 def options(section: config.Decoder, known: type[Options]) -> Options:
-    """The settings that only this kind has, checked; `known` is their class (`Section` where there are none).
+    """The settings that only this kind has, checked; `known` is their class (`Section` if there are none).
 
     Raises:
         ConfigError: an unknown option or a wrong value.
@@ -212,11 +211,11 @@ def decoder(section: config.Decoder, paths: Paths) -> Decoder[Any]:
 def text_statistics(section: config.Decoder, paths: Paths, queries: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Mean and std, each (Q, W), that the projection starts from.
 
-    They are those of the first Q positions of what `condition` takes, or of the context where caption embeddings do not
-    pass the text encoder.
+    They are those of the first Q positions of the input of `condition`, or of the context if caption embeddings do not
+    pass through the text encoder.
 
     Raises:
-        PretrainedError: the decoder's folder has no such statistics, or has them for fewer positions.
+        PretrainedError: the decoder's folder has no such statistics, or too few positions.
     """
     path = folder_of(section, paths) / STATISTICS
     if not path.exists():
@@ -238,7 +237,7 @@ def encoder(
 ) -> CaptionEncoder:
     """Florence-2 with new queries and a new projection to `width`; uses torch's global RNG."""
     folder = folder_of(section, paths)
-    kernel = "eager" if section.dropout else attention()  # a fused kernel makes its own dropout masks
+    kernel = "eager" if section.dropout else attention()  # a fused kernel generates its own dropout masks
     with building("encoder", folder, section.weights):
         if section.weights == "random":
             settings = Florence2Config.from_pretrained(folder, trust_remote_code=False)

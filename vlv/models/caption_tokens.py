@@ -1,4 +1,4 @@
-"""Captions as token ids and labels: what the language model is asked to write, its end included."""
+"""Captions as token ids and labels, including the end token that the language model must learn."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -6,21 +6,21 @@ from dataclasses import dataclass
 import torch
 from transformers import PreTrainedTokenizerBase
 
-IGNORED = -100  # label of a position without loss, as torch and transformers have it
+IGNORED = -100  # label of a position without loss, as in torch and transformers
 
 
 @dataclass(frozen=True)
 class CaptionTokens:
-    """Token ids of some captions, each `[bos] words eos`, without padding; `cut` counts those cut short."""
+    """Token ids of captions, each `[bos] words eos`, without padding; `cut` counts the captions that were cut."""
 
     ids: list[list[int]]
     cut: int
 
 
 def tokenize(tokenizer: PreTrainedTokenizerBase, captions: Sequence[str], max_tokens: int) -> CaptionTokens:
-    """Tokenize captions to at most `max_tokens` ids, ends included.
+    """Tokenize captions to at most `max_tokens` ids, including <bos> and <eos>.
 
-    A caption that is cut keeps no <eos>: the model must not learn to stop in the middle of a sentence.
+    A cut caption has no <eos>: the model must not learn to stop in the middle of a sentence.
 
     Raises:
         ValueError: the tokenizer has no end-of-sequence token.
@@ -37,10 +37,10 @@ def tokenize(tokenizer: PreTrainedTokenizerBase, captions: Sequence[str], max_to
 
 
 def collate(ids: Sequence[Sequence[int]], pad: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Pad on the right to the longest: ids (B, T) and labels (B, T), where padding is ignored.
+    """Pad on the right to the longest caption: ids (B, T) and labels (B, T); padding is ignored in the loss.
 
-    Labels stand at the position of their own token; the loss shifts them. Where the padding token is also the
-    end token (as in many models), the real end is still learned: labels are set by length, not by value.
+    A label is at the position of its own token; the loss shifts the labels. If the padding token is also the end
+    token (as in many models), the real end is still learned, because labels are set by length, not by value.
     """
     length = max(map(len, ids))
     tokens = torch.full((len(ids), length), pad, dtype=torch.long)

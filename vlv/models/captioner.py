@@ -28,10 +28,10 @@ class Stage2Batch:
     """B image-caption pairs, their images in one of three forms.
 
     Attributes:
-        context: (B, Q, C), where the encoder is frozen; None where it learns.
+        context: (B, Q, C) if the encoder is frozen; None if it is trainable.
         ids: token ids (B, T).
         labels: (B, T).
-        images: (B, 3, H, W) uint8; None where context or features are given.
+        images: (B, 3, H, W) uint8; None if context or features are given.
         features: the frozen vision tower's (B, S, D), if cached.
     """
 
@@ -43,10 +43,10 @@ class Stage2Batch:
 
 
 class Prefix(nn.Module):
-    """Linear-GELU-Linear and a position each: context (B, Q, C) -> prefix embeddings (B, Q, E).
+    """Linear-GELU-Linear plus position embeddings: context (B, Q, C) -> prefix embeddings (B, Q, E).
 
     Args:
-        positions: False: the MLP alone, as the released model has it.
+        positions: False: only the MLP, as in the released model.
     """
 
     mean: torch.Tensor
@@ -66,8 +66,8 @@ class Prefix(nn.Module):
     def standardise(self, mean: torch.Tensor, std: torch.Tensor) -> None:
         """Standardise the context with its mean and std, each (Q, C), from now on.
 
-        Most of a context is the same for all images, and what differs between images is small beside it. Without
-        standardisation the prefix learns the small part late.
+        Most of a context is the same for all images; the difference between images is small. Without standardisation
+        the prefix learns the difference late.
         """
         self.mean.copy_(mean)
         self.std.copy_(std.clamp_min(1e-2))
@@ -78,13 +78,13 @@ class Prefix(nn.Module):
 
 
 class Captioner(nn.Module):
-    """Encoder, conditioner, prefix and language model. The prefix learns; the parts on either side of it may learn too.
+    """Encoder, conditioner, prefix and language model. The prefix is trainable; encoder and language model may be.
 
     Args:
         conditioner: the text side of the frozen decoder, which turns caption embeddings into the context.
-        tokenizer: None for an architecture that comes without one: the model can learn, but it cannot write.
-        generation: how it writes; it may be replaced at any time.
-        max_caption_tokens: the longest caption, where `generation` sets no other maximum.
+        tokenizer: None for an architecture without one: the model can be trained, but it cannot write.
+        generation: settings for writing; they may be replaced at any time.
+        max_caption_tokens: length of the longest caption, unless `generation` sets another maximum.
     """
 
     def __init__(
@@ -104,7 +104,7 @@ class Captioner(nn.Module):
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        """The language model's.
+        """The language model's tokenizer.
 
         Raises:
             ValueError: built from an architecture without a tokenizer.
@@ -116,8 +116,8 @@ class Captioner(nn.Module):
     def set_trainable(self, parts: trainable.Parts, of_encoder: trainable.Parts, *, queries: bool = True) -> None:
         """Train the prefix and `parts` (a row of `trainable.STAGE2`); freeze everything else.
 
-        `of_encoder` (a row of `trainable.STAGE1`) and `queries` say what is trained in an encoder that is among
-        `parts`. The conditioner always stays frozen.
+        If the encoder is among `parts`, `of_encoder` (a row of `trainable.STAGE1`) and `queries` say what is trained
+        in it. The conditioner always stays frozen.
         """
         self.requires_grad_(False)
         if trainable.ENCODER in parts:
@@ -129,7 +129,7 @@ class Captioner(nn.Module):
             language_model.train_adapters(self.language_model)
 
     def choose(self, stage1: Stage1, stage2: Stage2) -> None:
-        """Train in Stage 2 what the configuration says."""
+        """Set what Stage 2 trains, as the configuration says."""
         self.set_trainable(stage2.trained_parts, stage1.trained_parts, queries=stage2.queries_learn)
 
     @torch.no_grad()
@@ -141,11 +141,11 @@ class Captioner(nn.Module):
         return self.conditioner.states(self.encoder(features, masks).float())
 
     def forward(self, batch: Stage2Batch, generator: torch.Generator) -> torch.Tensor:
-        """Mean cross-entropy of the labelled tokens. The seed of `generator` decides the dropout of an encoder that is
-        computed here; no numbers are drawn from it.
+        """Mean cross-entropy of the labelled tokens. The seed of `generator` determines the dropout masks of an encoder
+        that is computed here; no numbers are drawn from it.
 
         Token t is predicted from the prefix and the tokens before it, the first token from the prefix alone.
-        Logits are computed only where there is a label.
+        Logits are computed only at positions with a label.
         """
         device = self.prefix.device
         labels = batch.labels.to(device)
@@ -169,14 +169,14 @@ class Captioner(nn.Module):
         return self._context(self.encoder.features(batch.images, masks), masks)
 
     def loss_weight(self, batch: Stage2Batch) -> int:
-        """The number of tokens that the loss of `batch` is a mean over."""
+        """The number of tokens over which the loss of `batch` is a mean."""
         return int((batch.labels != IGNORED).sum())
 
     @torch.no_grad()
     def write(self, context: torch.Tensor | None, count: int = 1) -> list[str]:
-        """Captions for contexts (B, Q, C), written as `generation` says: by default greedily, each until its <eos>.
+        """Captions for contexts (B, Q, C), written as `generation` says; by default greedily, each up to its <eos>.
 
-        Without a context (None) the language model draws `count` captions alone: the baseline without an image.
+        Without a context (None) the language model samples `count` captions: the baseline without an image.
         """
         how = self.generation
         table = self.language_model.get_input_embeddings()
@@ -194,7 +194,7 @@ class Captioner(nn.Module):
             max_new_tokens=how.max_tokens or self.max_caption_tokens,
             do_sample=context is None,
             num_beams=beams,
-            early_stopping=beams > 1,  # as in the release: stop once there are as many whole captions as beams
+            early_stopping=beams > 1,  # as in the release: stop when there are as many finished captions as beams
             eos_token_id=end,
             pad_token_id=self.tokenizer.pad_token_id or self.tokenizer.eos_token_id,
         )
@@ -214,7 +214,7 @@ class Captioner(nn.Module):
         saved.save(folder, KIND, settings, paths, PARTS, self.trained(settings), card)
 
     def trained(self, settings: Config) -> dict[str, torch.Tensor]:
-        """Tensors, by name, that Stage 1 or Stage 2 changed: what a saved captioner holds."""
+        """The tensors, by name, that Stage 1 or Stage 2 trained; a saved captioner holds them."""
         self.encoder.set_trainable(settings.stage1.trained_parts)
         by_stage_1 = {f"encoder.{n}": p for n, p in self.encoder.named_parameters() if p.requires_grad}
         self.choose(settings.stage1, settings.stage2)
@@ -245,7 +245,7 @@ class Captioner(nn.Module):
         """Load strictly from a folder that `save` or `saved.bundle` wrote.
 
         Raises:
-            ModelFolderError: another kind of folder, other keys, or other pretrained parts.
+            ModelFolderError: the wrong kind of folder, keys or pretrained parts.
         """
         found = saved.read(folder, KIND)
         root = saved.parts_root(folder, found, paths or Paths(folder))

@@ -18,12 +18,12 @@ from vlv.rng import DropPath, Masks, dropping
 
 
 class Projection(nn.Module):
-    """Linear-GELU-Linear from the width of Florence-2 to that of the text side. It may start on the text side.
+    """Linear-GELU-Linear from the width of Florence-2 to that of the text side.
 
     Args:
-        statistics: per-position mean and std, each (Q, W), of what the text side takes. The projection's
-            output is then normalised and starts as `mean + gain * std * normalised`; mean and std go on learning.
-            Without this the frozen decoder ignores the embeddings at first, and training stays on a plateau.
+        statistics: per-position mean and std, each (Q, W), of the text side's input. The projection's output is then
+            normalised and starts as `mean + gain * std * normalised`; mean and std are trainable. Without this the
+            frozen decoder ignores the embeddings at first, and training stays on a plateau.
     """
 
     def __init__(
@@ -58,10 +58,10 @@ class CaptionEncoder(nn.Module):
         florence: the pretrained model.
         prompt_ids: ids of the task prompt that follows the image features; it may be empty.
         preprocessing: how a picture is prepared for the vision tower.
-        mean, std: of the image processor, for three channels of pixels in [0, 1].
-        query_std: std of the queries at the start.
-        drop_rate: dropout in the language model; drop_path: stochastic depth in the vision tower. Both act only where
-            the forward pass gets masks, as it does in training.
+        mean, std: the image processor's, for three channels of pixels in [0, 1].
+        query_std: std of the initial queries.
+        drop_rate: dropout in the language model; drop_path: stochastic depth in the vision tower. Both act only if
+            the forward pass gets masks, as in training.
     """
 
     mean: torch.Tensor
@@ -126,7 +126,7 @@ class CaptionEncoder(nn.Module):
         """Squares of the training data's size (B, 3, S, S) uint8 -> the vision tower's projected features (B, T, D).
 
         Raises:
-            ValueError: images of another size.
+            ValueError: the images have another size.
         """
         pixels = self.preprocessing.for_tower(batch.to(self.queries.device))
         normalised = images.to_processor(pixels, self.mean, self.std)
@@ -162,7 +162,7 @@ class CaptionEncoder(nn.Module):
 
 
 def _put_drop_path(tower: nn.Module, last: float) -> None:
-    """Give each half block of the tower its rate: evenly from 0 to `last`, as in the training of Florence-2."""
+    """Set the drop-path rates of the tower's half blocks: evenly from 0 to `last`, as Florence-2 was trained."""
     halves = [part for part in tower.modules() if hasattr(part, "drop_path1")]
     for half, rate in zip(halves, torch.linspace(0, last, len(halves), device="cpu").tolist(), strict=True):
         half.drop_path1, half.drop_path2 = DropPath(rate), DropPath(rate)

@@ -1,8 +1,8 @@
-"""The causal language model that writes the caption: building it, its adapters, and cutting its captions.
+"""The causal language model that writes the caption: how it is built, its adapters, and cutting its captions.
 
-Low-rank adapters (LoRA, Hu et al., arXiv 2106.09685) come from peft. They are kept beside the frozen weights, in
-training as in the saved model: the file holds a few megabytes and names the language model by its hash, as it does
-every frozen part. With the adapters merged, the whole language model would have to be saved and rounded once more.
+Low-rank adapters (LoRA, Hu et al., arXiv 2106.09685) come from peft. They stay separate from the frozen weights, in
+training and in the saved model: its file has a few megabytes, and the language model is named by its hash, like every
+frozen part. If they were merged, the whole language model would have to be saved and rounded again.
 """
 
 import re
@@ -21,7 +21,7 @@ _BETWEEN_SENTENCES = re.compile(r"(?<=[.!?])\s+")
 
 
 def build(section: config.LanguageModel, paths: Paths) -> PreTrainedModel:
-    """The language model in evaluation mode, of any Auto class; `tokenizer` gives its words."""
+    """The language model in evaluation mode, of any causal class that transformers' Auto classes know."""
     folder = folder_of(section, paths)
     with building("language model", folder, section.weights):
         if section.weights == "random":
@@ -42,17 +42,17 @@ def build(section: config.LanguageModel, paths: Paths) -> PreTrainedModel:
 
 
 def tokenizer(section: config.LanguageModel, paths: Paths) -> PreTrainedTokenizerBase | None:
-    """The language model's tokenizer; None for an architecture alone (weights: random), which may come without one."""
+    """The language model's tokenizer; None if an architecture alone (weights: random) comes without one."""
     if section.weights == "random" and section.architecture is not None:
         return None
     return tokenizer_in(folder_of(section, paths))
 
 
 def insert_adapters(language_model: PreTrainedModel, settings: Lora) -> None:
-    """Put an adapter beside each Linear layer that `settings.targets` names; uses torch's global RNG.
+    """Add an adapter to each Linear layer that `settings.targets` names; uses torch's global RNG.
 
     Raises:
-        ConfigError: a target that the language model does not have.
+        ConfigError: the language model has no such target.
     """
     from peft import LoraConfig, inject_adapter_in_model
 
@@ -68,16 +68,16 @@ def insert_adapters(language_model: PreTrainedModel, settings: Lora) -> None:
 
 
 def train_adapters(language_model: PreTrainedModel) -> None:
-    """Only the adapters learn."""
+    """Make only the adapters trainable."""
     for name, parameter in language_model.named_parameters():
         parameter.requires_grad_(_ADAPTER in name)
 
 
 def clean_up(caption: str) -> str:
-    """Cut after the last full stop (if there is one), and leave out each sentence that was there before.
+    """Cut after the last full stop (if there is one), and drop repeated sentences.
 
-    The release does this to every caption. Our models are taught where to end, so half a sentence is a fault of theirs
-    that should be seen.
+    The release does this to every caption. Our models learn where to end, so half a sentence is an error that should
+    stay visible.
     """
     whole = caption[: caption.rfind(".") + 1] or caption
     return " ".join(dict.fromkeys(sentence for sentence in _BETWEEN_SENTENCES.split(whole) if sentence))

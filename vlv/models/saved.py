@@ -1,7 +1,7 @@
 """Saved models: a folder with config.json, the trained tensors as safetensors, and a card.
 
 Frozen pretrained parts are not copied. The folder names them, each with the hash of its content. Loading is strict: the
-file must hold exactly the tensors that were trained, and the parts must be the ones that the model was trained with.
+file must hold exactly the trained tensors, and the parts must be those that the model was trained with.
 """
 
 import shutil
@@ -14,25 +14,25 @@ import safetensors.torch
 import torch
 from pydantic import TypeAdapter, ValidationError
 from torch import nn
-from typing_extensions import TypedDict  # pydantic takes typing's own from Python 3.12 on
+from typing_extensions import TypedDict  # pydantic accepts typing's own only from Python 3.12 on
 
 from vlv import config
 from vlv.config import Config, Paths
 from vlv.inputs import source
 from vlv.io import assets, files
 
-# These sections say where and how a training ran, and nothing about the model. Without them the same model gives the
-# same files on every machine.
+# These sections describe where and how a training ran, not the model. Without them the same model gives the same
+# files on every machine.
 _MACHINE = {"compute", "tracking"}
 CONFIG, WEIGHTS, CARD, PARTS = "config.json", "model.safetensors", "README.md", "parts"
 
 
 class ModelFolderError(RuntimeError):
-    """A folder that does not hold the expected model; the message names the folder, the keys and the remedy."""
+    """The folder does not hold the expected model; the message names the folder, the keys and the remedy."""
 
 
 class Part(TypedDict):
-    """A frozen pretrained part: where it comes from, and the hash of its content."""
+    """A frozen pretrained part: its source and the hash of its content."""
 
     reference: str
     sha256: str
@@ -40,8 +40,8 @@ class Part(TypedDict):
 
 @dataclass(frozen=True)
 class Saved:
-    """What config.json says: `kind` ("autoencoder" or "captioner"), the configuration it was built with and
-    the pretrained parts by section name."""
+    """The contents of config.json: `kind` ("autoencoder" or "captioner"), the configuration and the pretrained parts
+    by section name."""
 
     kind: str
     config: Config
@@ -57,7 +57,7 @@ def save(
     tensors: Mapping[str, torch.Tensor],
     card: str,
 ) -> None:
-    """Write a model folder atomically; `parts` are the configuration's sections whose pretrained folder it needs."""
+    """Write a model folder atomically; `parts` names the configuration's sections whose pretrained parts it needs."""
     described = {}
     for name in parts:
         section = getattr(settings, name)
@@ -83,7 +83,7 @@ def read(folder: Path, kind: str) -> Saved:
     """Read and check config.json.
 
     Raises:
-        ModelFolderError: not a folder of this kind, or a decoder that is not there or comes with the folder.
+        ModelFolderError: not a folder of this kind, or the decoder's module is missing or inside the folder.
     """
     path = folder / CONFIG
     if not path.exists():
@@ -106,15 +106,14 @@ def read(folder: Path, kind: str) -> Saved:
 
 
 def _format(kind: str) -> str:
-    return f"vlv-{kind}-2"  # 1 had other names for some tensors and settings
+    return f"vlv-{kind}-2"  # version 1 had other names for some tensors and settings
 
 
 def _refuse_code_inside(folder: Path, module: str) -> None:
-    """A model folder is data: loading it runs no code that came with it.
+    """Refuse a model folder that brings its own decoder code: loading must run no code from the folder.
 
     Raises:
-        ModelFolderError: its kind of decoder is a module that is not there, or that lies in the folder itself, or a
-            package on the way to it does.
+        ModelFolderError: the decoder's module does not exist, or it or one of its parent packages is in the folder.
     """
     names = module.split(".")
     found = [source.find(".".join(names[: i + 1])) for i in range(len(names))]
@@ -131,10 +130,10 @@ def _refuse_code_inside(folder: Path, module: str) -> None:
 
 
 def parts_root(folder: Path, saved: Saved, paths: Paths) -> Paths:
-    """Where the references of the parts lead: to the folder itself if it holds the parts, else to the project.
+    """The base of the parts' references: the folder itself if it holds the parts, otherwise the project.
 
     Raises:
-        ModelFolderError: a part is not the one the model was trained with.
+        ModelFolderError: a part differs from the one that the model was trained with.
     """
     root = Paths(folder / PARTS) if (folder / PARTS).exists() else paths
     for name, part in saved.parts.items():
@@ -152,7 +151,7 @@ def restore(module: nn.Module, names: set[str], folder: Path) -> None:
     """Copy the trained tensors into `module`; exactly `names` must be there.
 
     Raises:
-        ModelFolderError: keys or shapes differ; the message lists them and says what the folder is.
+        ModelFolderError: keys or shapes differ; the message lists them and names the folder.
     """
     try:
         tensors = safetensors.torch.load_file(folder / WEIGHTS)
@@ -175,20 +174,20 @@ def restore(module: nn.Module, names: set[str], folder: Path) -> None:
 
 
 def inference_device() -> torch.device:
-    """Where a loaded model is used: the accelerator (CUDA_VISIBLE_DEVICES says which), else the CPU.
+    """The device of a loaded model: the accelerator (chosen by CUDA_VISIBLE_DEVICES), otherwise the CPU.
 
-    A training asks accelerate instead, which gives each process a device of its own.
+    In training, accelerate gives each process its own device instead.
     """
     return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
 
 
 def bundle(folder: Path, paths: Paths, target: Path) -> None:
-    """Copy a saved model together with its parts to `target`, so that it can be loaded there alone."""
+    """Copy a saved model together with its parts to `target`, where it loads without the project."""
     value = files.read_json_object(folder / CONFIG)
     shutil.copytree(folder, target)
     for part in value["parts"].values():
         if part["reference"].startswith("hf:"):
-            continue  # fetched by its revision and checked by its hash on first use
+            continue  # fetched by revision and checked by hash on first use
         original = assets.resolve(part["reference"], paths)
         copied = target / PARTS / part["reference"]
         if not copied.exists():

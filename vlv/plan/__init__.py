@@ -1,1 +1,1 @@
-"""What a training will cost before it runs: FLOPs by module, memory by kind, time, money. No GPU, no weights."""
+"""Forecasts what a training will cost: FLOPs by module, memory by kind, time, money. Needs no GPU, no weights."""

@@ -1,9 +1,9 @@
 """FLOPs and memory of a stage's training step, counted on the real model with fake tensors.
 
-The step is the model's own: its loss, forward and backward, with the activations recomputed that the trainer
-recomputes. A multiply-add is two FLOPs, as in torch.utils.flop_counter, which counts matrix products, convolutions and
-attention, and no element-wise work. Backward is what is computed: gradients of activations wherever they lead to
-something that learns, gradients of weights only where the weights learn.
+The step runs the model's own loss, forward and backward, and recomputes the same activations as the trainer. A
+multiply-add is two FLOPs, as in torch.utils.flop_counter, which counts matrix products, convolutions and attention,
+but no element-wise work. The backward pass counts only what is computed: gradients of activations that lead to
+trainable parameters, and gradients of trainable weights.
 """
 
 import bisect
@@ -30,8 +30,8 @@ from vlv.training import blocks
 Phase = Literal["forward", "recomputed", "backward"]
 Flops = dict[tuple[str, Phase], int]  # by part and phase
 
-# The parts of both models in the order in which they run, by the beginning of the names of their modules. The longest
-# beginning counts.
+# The parts of both models in the order in which they run, by prefixes of their modules' names. The longest prefix
+# counts.
 PARTS = {
     "decoder.vae": "VAE encoder",
     "encoder.florence.model.vision_tower": "vision tower",
@@ -46,7 +46,7 @@ PARTS = {
     "language_model": "language model",
     "language_model.lm_head": "word head",
 }
-OTHER = "other"  # what no module of these does: noise, the loss
+OTHER = "other"  # work of no such module: noise, the loss
 
 
 def part_of(name: str) -> str:
@@ -60,8 +60,8 @@ class Part:
     """One part of a stage's model.
 
     Attributes:
-        parameters, trainable: how many.
-        prepared: FLOPs of one image before the training, for the caches.
+        parameters, trainable: numbers of parameters.
+        prepared: FLOPs for one image before the training, for the caches.
         forward, recomputed, backward: FLOPs of one sample in a step.
         kept: bytes that a micro-batch holds between the forward and the backward pass.
     """
@@ -83,10 +83,10 @@ class Part:
 
 @dataclass(frozen=True)
 class Activations:
-    """Bytes of one step beside weights and optimizer.
+    """Bytes of one step besides weights and optimizer.
 
     Attributes:
-        samples: in the micro-batch.
+        samples: number in the micro-batch.
         kept: held between the forward and the backward pass.
         peak: the most that forward and backward hold at once, gradients included.
     """
@@ -98,19 +98,19 @@ class Activations:
 
 @dataclass(frozen=True)
 class Stage:
-    """A stage, counted.
+    """The counts of a stage.
 
     Attributes:
         parts: in the order in which they run. A sample is one image with its noise draws (Stage 1) or one
             image-caption pair (Stage 2).
         settings: the stage's section of the configuration.
-        samples: in one optimizer step, over all processes.
+        samples: number in one optimizer step, over all processes.
         weights: bytes of all parameters and buffers on a GPU.
-        trainable: parameters that learn.
+        trainable: number of trainable parameters.
         cached: bytes that one image takes in the caches.
-        activations: of the micro-batch that was asked for.
-        half: of half of that micro-batch; None if not counted.
-        with_recomputation: the same micro-batch with gradient checkpointing; None if not counted.
+        activations: those of the requested micro-batch.
+        half: those of half of that micro-batch; None if not counted.
+        with_recomputation: those of the same micro-batch with gradient checkpointing; None if not counted.
     """
 
     name: StageName
@@ -138,7 +138,7 @@ class Stage:
 def stage(
     settings: Config, paths: Paths, name: StageName, target: Target, micro_batch: int = 1, *, knobs: bool = False
 ) -> Stage:
-    """Count one step of the stage for a micro-batch of so many samples.
+    """Count one step of the stage for a micro-batch of `samples` samples.
 
     Args:
         knobs: also count half of the micro-batch, and the step with gradient checkpointing.
@@ -213,10 +213,10 @@ class Simulation:
 
 
 class StepCounter(TorchDispatchMode):
-    """Follows a step of `model`: FLOPs by part and phase, and the bytes that are allocated and not yet freed.
+    """Counts a step of `model`: FLOPs by part and phase, and the bytes that are allocated and not yet freed.
 
     Attributes:
-        peak: the most bytes that there were at once.
+        peak: the most bytes that were allocated at once.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -228,8 +228,8 @@ class StepCounter(TorchDispatchMode):
         counter = FlopCounterMode(display=False, custom_mapping={attention: _attention_backward})
         self._functions = counter.flop_registry
         self._parts = {module: part_of(name) for name, module in model.named_modules()}
-        # Which part runs, and from which number of autograd's nodes on. A node of the backward pass has the number that
-        # it got in the forward pass. (torch's own ModuleTracker looks at positional arguments alone.)
+        # Which part runs from which autograd sequence number on. A node of the backward pass has the number that it got
+        # in the forward pass. (torch's own ModuleTracker looks only at positional arguments.)
         self._running, self._numbers, self._owners = [OTHER], [0], [OTHER]
         self._hooks: list[Any] = []
 
@@ -237,7 +237,7 @@ class StepCounter(TorchDispatchMode):
         module = nn.modules.module
         self._hooks = [
             module.register_module_forward_pre_hook(self._begin),
-            module.register_module_forward_hook(self._end, always_call=True),  # recomputation ends by an exception
+            module.register_module_forward_hook(self._end, always_call=True),  # recomputation ends with an exception
         ]
         super().__enter__()  # type: ignore[no-untyped-call]
         return self
@@ -278,7 +278,7 @@ class StepCounter(TorchDispatchMode):
         if node is None:
             return self._running[-1], "forward"
         part = self._owners[bisect.bisect_right(self._numbers, node._sequence_nr()) - 1]
-        # Autograd computes no gradients of gradients here: what it records in the backward pass is a second forward.
+        # Autograd computes no gradients of gradients here, so what it records in the backward pass is recomputation.
         return part, "recomputed" if torch.is_grad_enabled() else "backward"
 
     def _allocated(self, tensor: torch.Tensor) -> None:
@@ -296,7 +296,7 @@ class StepCounter(TorchDispatchMode):
         self.peak = max(self.peak, self._now)
 
     def living(self) -> dict[str, int]:
-        """Return the bytes that are allocated now, by the part that allocated them."""
+        """Return the bytes that are now allocated, by the part that allocated them."""
         found: dict[str, int] = defaultdict(int)
         for part, size, _ in self._living.values():
             found[part] += size
@@ -310,6 +310,6 @@ def _storage(tensor: torch.Tensor) -> int:
 def _attention_backward(
     grad: Sequence[int], query: Sequence[int], key: Sequence[int], value: Sequence[int], *args: Any, **kwargs: Any
 ) -> int:
-    """Count the four products of plain attention; that the fused kernel computes the scores again is left out."""
+    """Count the four products of plain attention, without the scores that the fused kernel computes again."""
     batch, heads, rows, width = query
     return 2 * batch * heads * rows * key[2] * 2 * (width + value[3])

@@ -1,8 +1,8 @@
 """Models at full size whose tensors have a shape and a dtype, but no memory.
 
-A model is built on the meta device. Here its tensors become fake tensors, that is, meta tensors that say that they are
-on the CPU, as autograd and autocast require. Where the training is for a GPU, this module also replaces what a GPU does
-in another way: the attention kernel and the rules of mixed precision.
+A model is built on the meta device. Here its tensors become fake tensors, that is, meta tensors that claim to be on
+the CPU, as autograd and autocast require. For a training on a GPU, this module also replaces what a GPU does
+differently: the attention kernel and the rules of mixed precision.
 """
 
 from collections.abc import Callable, Iterator
@@ -39,7 +39,7 @@ _FLOAT = {
 def make_fake(module: nn.Module, mode: FakeTensorMode) -> None:
     """Replace all tensors of the module with fake tensors. Tied parameters stay tied."""
     made: dict[int, torch.Tensor] = {}
-    kept = []  # an id is unique among living objects only
+    kept = []  # ids are unique only among living objects
 
     def replaced(tensor: torch.Tensor) -> torch.Tensor:
         if id(tensor) not in made:
@@ -62,9 +62,9 @@ def fake_like(tensor: torch.Tensor, mode: FakeTensorMode) -> torch.Tensor:
 
 
 def use_fused_attention(model: Autoencoder | Captioner) -> None:
-    """Choose the attention that a GPU runs, in a model that was built for a CPU.
+    """Use the GPU's attention in a model that was built for a CPU.
 
-    An encoder with dropout has plain attention on both.
+    An encoder with dropout uses plain attention on both.
     """
     for name, part in model.named_modules():
         plain = name.startswith("encoder.") and model.encoder.drop_rate
@@ -78,7 +78,7 @@ def use_fused_attention(model: Autoencoder | Captioner) -> None:
 def on_target(target: Target, precision: Precision) -> Iterator[None]:
     """Run a step of fake tensors as the target does: with its attention kernel and its mixed precision.
 
-    Run the backward pass within it too, by `backward`: activations that are recomputed there need the same rules.
+    Run the backward pass within it too, with `backward`: activations that are recomputed there need the same rules.
     """
     gpu = GpuAutocast() if target == "gpu" else torch.autocast("cpu", torch.bfloat16)
     with ReplacedFunctions(), gpu if precision == "bf16" else nullcontext():
@@ -88,8 +88,8 @@ def on_target(target: Target, precision: Precision) -> Iterator[None]:
 def backward(loss: torch.Tensor) -> None:
     """Run the backward pass within the function modes that are active.
 
-    `loss.backward()` would call the modes once, for itself, and leave them before the pass begins. A gradient edge is
-    no tensor, so that no mode is asked.
+    `loss.backward()` would itself call the modes once and leave them before the pass begins. A gradient edge is not
+    a tensor, so no mode intercepts the call.
     """
     torch.autograd.backward(torch.autograd.graph.get_gradient_edge(loss), torch.ones_like(loss))
 
@@ -97,7 +97,7 @@ def backward(loss: torch.Tensor) -> None:
 class GpuAutocast(TorchFunctionMode):
     """CUDA's autocast to bfloat16 for fake tensors.
 
-    As in torch, a cast of a weight that learns is kept as long as the context is active.
+    As in torch, the cast of a trainable weight is kept while the context is active.
     """
 
     def __init__(self) -> None:
@@ -134,7 +134,7 @@ class ReplacedFunctions(TorchFunctionMode):
     - `scaled_dot_product_attention` becomes the fused kernel that a GPU runs, which keeps no attention matrix. It is
       the memory-efficient kernel: it takes every dtype and mask, and keeps for the backward pass what the flash kernel
       keeps (query, key, value, output and one number for each row).
-    - An index by a mask (`x[mask]`) takes everything. Fake tensors have no values, so that their masks select an
+    - Indexing with a mask (`x[mask]`) takes everything. Fake tensors have no values, so their masks would select an
       unknown number of elements; in a simulated step each token of each caption has a label.
     """
 
@@ -161,7 +161,7 @@ def _fused_attention(
     if enable_gqa:
         times = query.shape[-3] // key.shape[-3]
         key, value = key.repeat_interleave(times, -3), value.repeat_interleave(times, -3)
-    # The mask changes neither FLOPs nor what is kept.
+    # The mask changes neither the FLOPs nor the kept bytes.
     result: tuple[torch.Tensor, ...] = torch.ops.aten._scaled_dot_product_efficient_attention(
         query, key, value, None, query.requires_grad or key.requires_grad, dropout_p, is_causal, scale=scale
     )

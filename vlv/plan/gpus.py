@@ -1,7 +1,7 @@
-"""GPUs: public facts about each kind, and the machine that a configuration names.
+"""GPUs: published data of each kind, and the machine that a configuration names.
 
-Rates are dense (a data sheet that counts 2:4 sparsity says twice as much) and for matrix products that accumulate
-in float32, as training does.
+Rates are dense (data sheets with 2:4 sparsity state twice as much) and for matrix products that accumulate in
+float32, as in training.
 """
 
 import math
@@ -13,11 +13,11 @@ from vlv.plan.step import StageName, samples_in_step, section
 from vlv.training import launch
 
 Sharding = Literal["none", "zero2", "full"]
-DEFAULT_GPU = "RTX 6000 Ada"  # the paper's; for a configuration that names none
+DEFAULT_GPU = "RTX 6000 Ada"  # the paper's; used if the configuration names none
 
 
 class UnknownGpuError(ValueError):
-    """A GPU that is not in the table, or that lacks the asked precision."""
+    """The GPU is not in the table, or it lacks the requested precision."""
 
 
 @dataclass(frozen=True)
@@ -26,8 +26,8 @@ class Gpu:
 
     Attributes:
         memory: GiB.
-        bf16, tf32, fp32: peak TFLOP/s; None where the hardware has no such unit. fp32 is the ordinary cores' rate.
-        source: the document that the numbers are from.
+        bf16, tf32, fp32: peak TFLOP/s; None if the hardware has no such unit. fp32 is the ordinary cores' rate.
+        source: the document with these numbers.
     """
 
     name: str
@@ -95,11 +95,11 @@ class Machine:
     """The GPUs of a training.
 
     Attributes:
-        count: how many GPUs, one process each.
+        count: number of GPUs, one process each.
         utilisation: FLOPs of the step / (time x peak rate). Element-wise work, copies and waiting all lower it.
-        price: dollars for one GPU and hour; None: unknown.
+        price: dollars per GPU hour; None: unknown.
         sharding: none (DDP: each GPU holds everything), zero2 (gradients and optimizer are sharded: FSDP with
-            fsdp_reshard_after_forward false), full (the weights that learn are sharded too: FSDP).
+            fsdp_reshard_after_forward false), full (the trainable weights are sharded too: FSDP).
         tf32: float32 products run on the tensor cores.
     """
 
@@ -111,7 +111,7 @@ class Machine:
     tf32: bool = False
 
     def hours(self, flops: float, precision: Precision) -> float:
-        """Return the time for so many FLOPs.
+        """Return the time for `flops` FLOPs.
 
         Raises:
             UnknownGpuError: the GPU has no unit for this precision.
@@ -119,7 +119,7 @@ class Machine:
         return flops / (self.count * self.gpu.peak(precision, tf32=self.tf32) * self.utilisation) / 3600
 
     def micro_batch(self, settings: Config, stage: StageName) -> int:
-        """Return the samples on one GPU at a time: a step's samples divided by processes and accumulation."""
+        """Return the samples per GPU at a time: a step's samples divided by processes and accumulation."""
         return math.ceil(samples_in_step(settings, stage) / section(settings, stage).accumulation / self.count)
 
 
@@ -128,7 +128,7 @@ def machine_of(settings: Config, paths: Paths, stage: StageName) -> Machine:
 
     Raises:
         UnknownGpuError: the table has no such GPU.
-        ConfigError: the file is missing, or it starts another number of processes than `compute.gpus`.
+        ConfigError: the file is missing, or its number of processes is not `compute.gpus`.
     """
     compute, file = settings.compute, settings.compute.launch_of(stage)
     sharding: Sharding = "none"
@@ -144,8 +144,8 @@ def machine_of(settings: Config, paths: Paths, stage: StageName) -> Machine:
 
 
 def sharding_of(plan: dict[str, Any]) -> Sharding:
-    """Return what the processes of an accelerate file share."""
+    """Return the sharding of an accelerate file."""
     if plan.get("distributed_type") != "FSDP":
         return "none"
-    # Without resharding after the forward pass the weights are whole from then on, as in ZeRO-2.
+    # Without resharding after the forward pass the weights stay unsharded from then on, as in ZeRO-2.
     return "full" if plan.get("fsdp_config", {}).get("fsdp_reshard_after_forward", True) else "zero2"

@@ -1,4 +1,4 @@
-"""Memory of a stage on one GPU: by kind, at most at once, and what each setting would free."""
+"""Memory of a stage on one GPU: by kind, its peak, and what each setting would free."""
 
 import math
 from dataclasses import dataclass
@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from vlv.plan.count import Activations, Stage
 from vlv.plan.gpus import Gpu, Machine, Sharding
 
-# Share of a GPU's memory that a training cannot use: the CUDA context and the gaps between the allocator's blocks.
+# Share of a GPU's memory that a training cannot use: the CUDA context and gaps between the allocator's blocks.
 RESERVE = 0.08
 GIB = 2**30
 
@@ -31,7 +31,7 @@ class Memory:
 
 
 def memory(stage: Stage, activations: Activations, gpus: int = 1, sharding: Sharding = "none") -> Memory:
-    """Return the memory of a step with these activations on each of so many GPUs."""
+    """Return the memory of a step with these activations on each of `gpus` GPUs."""
     gradients = trainable = 4 * stage.trainable  # float32
     optimizer = trainable * (3 if stage.settings.optimizer.ema_decay else 2)  # AdamW's two averages, in float32
     share = gpus if sharding != "none" else 1
@@ -49,7 +49,7 @@ def usable(gpu: Gpu) -> int:
 
 
 def knobs(stage: Stage, machine: Machine) -> list[str]:
-    """Say in sentences what each setting would free on a GPU; only for what was counted with `knobs`."""
+    """Return sentences that say what each setting would free on a GPU; only for settings counted with `knobs`."""
     if stage.half is None and stage.activations.samples > 1:
         return []
     gpus, sharding = machine.count, machine.sharding
@@ -93,7 +93,7 @@ def largest_micro_batch(stage: Stage, machine: Machine) -> int:
 
 
 def _at(stage: Stage, samples: int) -> Activations:
-    """The activations of so many samples, on the line through the two counts."""
+    """The activations of `samples` samples, on the line through the two counts."""
     whole, half = stage.activations, stage.half
     if samples == whole.samples or half is None:
         return whole

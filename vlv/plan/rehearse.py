@@ -1,6 +1,6 @@
 """Two real steps of a stage at full size on this machine, with a checkpoint and a resume between them.
 
-The steps are those of the training loop, on a model with new weights and a batch of noise. Nothing is downloaded where
+The steps are those of the training loop, on a model with new weights and a batch of noise. Nothing is downloaded if
 the configuration names an `architecture`. The rehearsal measures what a long run will need here: whether it fits, the
 time of a step, the size of a checkpoint, and the time to write it and to resume from it.
 """
@@ -25,8 +25,8 @@ from vlv.plan.memory import GIB, memory
 from vlv.plan.step import StageName
 from vlv.training import blocks, distributed, loop
 
-_SPARE = 0.05  # share of the free memory that is left to others
-_SECONDS = 0.01  # between two measurements of this process's memory; to fill a large block takes longer
+_SPARE = 0.05  # share of the free memory that is left for other programs
+_SECONDS = 0.01  # between two measurements of this process's memory; filling a large block takes longer
 
 
 class TooLargeError(RuntimeError):
@@ -35,10 +35,10 @@ class TooLargeError(RuntimeError):
 
 @dataclass(frozen=True)
 class Rehearsed:
-    """What the two steps took.
+    """The measurements of the two steps.
 
     Attributes:
-        build, first_step, save, resume, second_step: seconds. first_step includes the count of operations.
+        build, first_step, save, resume, second_step: seconds. first_step includes counting the operations.
         checkpoint: bytes on disk.
         peak: bytes, the most that the second step held beyond what the process held before. In the second step the
             optimizer's averages exist from the start.
@@ -60,7 +60,7 @@ class Rehearsed:
     expected: int
 
     def as_json(self) -> dict[str, Any]:
-        """All of it, and the relative error of the forecast."""
+        """All values, and the relative error of the forecast."""
         return vars(self) | {"peak_over_forecast": round(self.peak / self.expected - 1, 4)}
 
     def table(self) -> Table:
@@ -88,10 +88,10 @@ def rehearse(settings: Config, paths: Paths, stage: StageName, samples: int = 1)
     """Train a new model for one step, and a second new model from that step's checkpoint for one more.
 
     Args:
-        samples: the micro-batch: images (each with its noise draws) in Stage 1, pairs in Stage 2.
+        samples: size of the micro-batch: images (each with its noise draws) in Stage 1, pairs in Stage 2.
 
     Raises:
-        TooLargeError: the forecast says that it does not fit.
+        TooLargeError: by the forecast it does not fit.
     """
     device = distributed.join()
     expected = _expected(settings, paths, stage, samples, device)
@@ -155,7 +155,7 @@ def _expected(settings: Config, paths: Paths, stage: StageName, samples: int, de
     if peak > free * (1 - _SPARE):
         raise TooLargeError(
             f"{stage} needs {peak / GIB:.1f} GiB for {samples} samples at a time, and {free / GIB:.1f} GiB are free "
-            f"here. vlv plan says what would free how much (gradient_checkpointing, frozen_precision, what learns)."
+            f"here. vlv plan says how much each setting frees (gradient_checkpointing, frozen_precision, trainable)."
         )
     return peak
 
@@ -167,7 +167,7 @@ def _noise(settings: Config, samples: int) -> torch.Tensor:
 
 
 class _Clock:
-    """When things happened (seconds) and how much memory they took (bytes)."""
+    """The times of events (seconds) and the memory they took (bytes)."""
 
     def __init__(self) -> None:
         self.times: dict[str, float] = {}
@@ -178,10 +178,10 @@ class _Clock:
 
 
 class PeakMemory:
-    """Measures the most bytes in use since `restart`, less what was in use when it was made.
+    """Measures the most bytes in use since `restart`, minus the bytes in use when it was created.
 
-    On a GPU torch's allocator knows the peak. On a CPU a thread reads this process's anonymous memory. Files that are
-    mapped, such as weights that are being read, do not count.
+    On a GPU torch's allocator knows the peak. On a CPU a thread reads this process's anonymous memory. Mapped files,
+    such as weights that are being read, do not count.
     """
 
     def __init__(self, device: torch.device) -> None:

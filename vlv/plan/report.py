@@ -1,4 +1,4 @@
-"""What a stage takes on a machine (memory, time, money), as tables for a terminal and as JSON."""
+"""The memory, time and money that a stage needs on a machine, as tables for a terminal and as JSON."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -15,11 +15,11 @@ _GIGA = 1e9
 
 @dataclass(frozen=True)
 class Forecast:
-    """A stage on a machine.
+    """The forecast for a stage on a machine.
 
     Attributes:
-        hours: of the training.
-        prepare_hours: of filling the caches before.
+        hours: duration of the training.
+        prepare_hours: time to fill the caches before it.
         dollars: for both; None without a price.
         cache_bytes: disk space of the caches.
         knobs: sentences that say what each setting would free.
@@ -40,7 +40,7 @@ class Forecast:
 
 
 def forecast(stage: Stage, machine: Machine, images: int | None = None) -> Forecast:
-    """Forecast the stage on the machine; the caches hold so many different images (None: each sample is another one).
+    """Forecast the stage on the machine; the caches hold `images` different images (None: all samples differ).
 
     Raises:
         UnknownGpuError: the GPU has no unit for the configured precision.
@@ -128,7 +128,7 @@ def fits(f: Forecast) -> str:
 
 
 def as_json(f: Forecast) -> dict[str, Any]:
-    """All that the tables show of one forecast, in plain units: FLOP, bytes, hours, dollars."""
+    """One forecast's values in the tables, in plain units: FLOP, bytes, hours, dollars."""
     gpu, machine, stage = f.machine.gpu, f.machine, f.stage
     return {
         "stage": stage.name,

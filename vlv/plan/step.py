@@ -26,7 +26,7 @@ def samples_in_step(settings: Config, stage: StageName) -> int:
 
 
 def build(settings: Config, paths: Paths, stage: StageName) -> Autoencoder | Captioner:
-    """Build the model that the stage trains, with new weights and with what learns chosen.
+    """Build the model that the stage trains, with new weights and its trainable parts set.
 
     The configuration of each architecture is enough. The encoder's tokenizer may be absent, so the length of the prompt
     is estimated: words, punctuation marks, begin and end.
@@ -41,7 +41,7 @@ def build(settings: Config, paths: Paths, stage: StageName) -> Autoencoder | Cap
     )
     model = (Autoencoder if stage == "stage1" else Captioner).build(without_weights, paths)
     model.encoder.prompt_ids = torch.zeros(prompt_length(settings.encoder.prompt), dtype=torch.long)
-    # Again, because the word embeddings learn only where there is a prompt.
+    # Again, because the word embeddings are trainable only if there is a prompt.
     if isinstance(model, Autoencoder):
         model.encoder.set_trainable(settings.stage1.trained_parts)
     else:
@@ -58,7 +58,7 @@ def prompt_length(prompt: str) -> int:
 def batch(model: Autoencoder | Captioner, settings: Config, images: torch.Tensor) -> Stage1Batch | Stage2Batch:
     """Make the batch of these images (B, 3, S, S) uint8 that the loader would give.
 
-    What the configuration caches is computed here, in bfloat16 as the caches hold it. The captions of Stage 2 are
+    Tensors that the configuration caches are computed here, in the caches' bfloat16. The captions of Stage 2 are
     random tokens and have the greatest length that the configuration allows.
     """
     cached: dict[str, torch.Tensor] = {}

@@ -1,8 +1,8 @@
-"""One function for each stage of the pipeline: where the parts meet.
+"""The stages of the pipeline, one function each.
 
-The stages' dependencies and outputs are in dvc.yaml. Each reads params.yaml and what earlier stages
-left, writes its outputs and returns its figures; each can be killed at any point and run again. A training stage
-starts its own processes where compute.launch says so.
+The stages' dependencies and outputs are in dvc.yaml. Each stage reads params.yaml and the outputs of earlier stages,
+writes its outputs and returns its figures. It can be killed at any point and run again. A training stage starts its
+own processes if compute.launch says so.
 """
 
 import importlib
@@ -19,11 +19,11 @@ _TRAININGS = {"stage1", "stage2"}
 
 
 def run(stage: str, paths: Paths) -> dict[str, Any]:
-    """Run one stage as params.yaml says.
+    """Run one stage with the settings of params.yaml.
 
     Raises:
         ValueError: no such stage. ConfigError, DataError, ModelFolderError, LockHeldError, Stopped and
-        others: each says what to do.
+        others: the message names the remedy.
     """
     if stage not in NAMES:
         raise ValueError(f"There is no stage {stage!r}; there are: {', '.join(NAMES)}")
@@ -33,7 +33,7 @@ def run(stage: str, paths: Paths) -> dict[str, Any]:
     launch_file = settings.compute.launch_of(stage) if stage in _TRAININGS else None
     if launch_file and not launch.inside():
         return _run_in_workers(stage, launch_file, paths)
-    # Imported on demand: torch and its friends take seconds, and no stage needs all of them.
+    # Imported on demand: torch and similar libraries take seconds, and no stage needs all of them.
     with launch.reporting():
         module = importlib.import_module(f"vlv.stages.{stage}")
         result: dict[str, Any] = module.run(settings, paths)

@@ -1,8 +1,8 @@
-"""Going on with a training that other code began.
+"""Continuing a training that other code began.
 
-A training belongs to its code: after a change of code that decides a number, a stage begins anew, so that its result
-is that of one code. Where days are at stake and the change is known to be harmless, an unfinished training can be
-adopted; what differed is then written into the stage's figures.
+After a change of code that influences a number, a stage starts again, so that one version of the code produces its
+result. If that would cost days and the change is known to be harmless, an unfinished training can be adopted; the
+difference is then written into the stage's figures.
 """
 
 import logging
@@ -23,9 +23,9 @@ _FILE = "hashes.json"
 
 
 def begin(training: Path, hashes: TrainingHashes) -> list[dict[str, Any]]:
-    """Note in a training's folder what decides it; returns how it was adopted, oldest first.
+    """Write what decides a training into its folder; returns its adoptions, oldest first.
 
-    Another unfinished training that only other code keeps apart is named in a warning.
+    A warning names another unfinished training that differs only in its code.
     """
     path = training / _FILE
     if path.exists():
@@ -41,7 +41,7 @@ def begin(training: Path, hashes: TrainingHashes) -> list[dict[str, Any]]:
 
 
 def adopt(stage: str, paths: Paths) -> Path:
-    """Let the present code go on with the unfinished training of a stage that is furthest; returns its folder.
+    """Let the present code continue the most advanced unfinished training of a stage; returns its folder.
 
     Raises:
         ConfigError: no unfinished training has these settings, parts and data, or the present code has begun one.
@@ -65,7 +65,7 @@ def adopt(stage: str, paths: Paths) -> Path:
         files.write_json(old / _FILE, {"code": hashes.code, "rest": hashes.rest, "adopted": adopted})
     with files.folder_lock(target, "adoption"):
         tracking.keep_undelivered(paths, target)
-        shutil.rmtree(target)  # begun, without a checkpoint
+        shutil.rmtree(target)  # it has no checkpoint yet
     old.replace(target)
     return target
 

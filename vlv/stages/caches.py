@@ -1,4 +1,4 @@
-"""The caches that both stages train from, and what each is known by: a part's weights, its settings and its code."""
+"""The caches that both stages train from. A part's weights, its settings and its code identify each cache."""
 
 from collections.abc import Callable
 from importlib.metadata import version
@@ -16,9 +16,9 @@ from vlv.models.encoder import CaptionEncoder
 from vlv.stages import inputs
 from vlv.training import blocks
 
-# What reads the shards and keeps the results, whatever is computed.
+# The code that reads the shards and stores the results, whatever is computed.
 _KEPT_BY = ("vlv.data.cache:ShardCache.fill",)
-# They compute the parts.
+# The code that computes the parts.
 _LIBRARIES = ("torch", "transformers", "diffusers")
 
 

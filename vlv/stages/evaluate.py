@@ -79,7 +79,7 @@ def read_test_set(e: Evaluate, data: Path) -> TestSet:
 
 
 def _set_hash(test: TestSet, e: Evaluate) -> str:
-    """What figures must share to be comparable: the samples, and how they are measured."""
+    """A hash that comparable figures share: of the samples and of how they are measured."""
     contents = "".join(key + files.sha256_bytes(p.tobytes()) for key, p in zip(test.keys, test.pixels, strict=True))
     return files.sha256_bytes((contents + e.model_dump_json()).encode())
 
@@ -112,7 +112,7 @@ def _count_captions(settings: Config, paths: Paths, written: list[str], test: Te
 
 
 def _compare_sentences(model: Path, written: Sequence[str], captions: Sequence[str | None]) -> dict[str, Any]:
-    """How near captions are to the true ones, which all samples must have."""
+    """How close captions are to the true ones; every sample must have a true caption."""
     true = [caption or "" for caption in captions]
     both = cosines(SentenceModel(model, saved.inference_device()), written, true)
     own, another = (Compared(len(written), cosines=values) for values in both)
@@ -131,7 +131,7 @@ def _versus(part: metrics.Part, ours: Compared, baseline: Compared) -> dict[str,
 
 
 def _reconstruct(e: Evaluate, paths: Paths, test: TestSet) -> tuple[dict[str, Any], dict[str, list[Pixels]]]:
-    """The figures, and the pictures by what they were drawn from."""
+    """The figures, and the pictures by their source."""
     model = Autoencoder.load(paths.work / "stage1" / "model", paths).to(saved.inference_device())
     pixels = test.pixels[: e.reconstructions]
     drawn = outputs.pictures(model, e, pixels, test.captions[: e.reconstructions])
@@ -149,7 +149,7 @@ def _measure_pictures(
         return Compared(len(pictures), count(pictures), drawn=pictures, true=true, features=inception(pictures))
 
     ours = compared(drawn[outputs.RECONSTRUCTION])
-    # The FID of shuffled pictures is that of the pictures: it compares two sets.
+    # Shuffling does not change the FID, which compares two sets.
     others = intervals.shuffled(drawn[outputs.RECONSTRUCTION])
     shuffled = Compared(len(others), count(others), drawn=others, true=true)
     result: dict[str, Any] = metrics.measure("reconstruction", ours)
@@ -166,7 +166,7 @@ def _measure_pictures(
 
 
 def _counter(e: Evaluate, paths: Paths, known: Sequence[Any]) -> Callable[[list[Pixels]], dict[str, intervals.Terms]]:
-    """Counts what a network reads in pictures against the truth; nothing where the truth is not known."""
+    """Compares a network's readings of pictures with the truth; empty where the truth is not known."""
     if not (e.counting and e.recogniser and known):
         return lambda pictures: {}
     counting = truth.load(e.counting)
@@ -183,7 +183,7 @@ def _inception(e: Evaluate, paths: Paths, true: list[Pixels]) -> "Callable[[list
     return lambda pictures: (fid.features(network, pictures), real)
 
 
-# -- what people look at -------------------------------------------------------------------------------
+# -- pictures and plots --------------------------------------------------------------------------------
 
 
 def _write_pictures(paths: Paths, test: TestSet, written: list[str], drawn: dict[str, list[Pixels]]) -> None:

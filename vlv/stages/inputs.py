@@ -1,8 +1,8 @@
-"""What decides each stage's result besides its data, written to files that DVC compares.
+"""Writes what decides each stage's result besides its data to files that DVC compares.
 
 A stage of dvc.yaml depends on `work/inputs/STAGE.json`: hashes of the code that it reaches and of its pretrained parts,
-and the settings that it reads with their defaults filled in. A change of these makes the stage stale; a change of
-anything else, such as a comment, another stage or another kind of decoder, does not.
+and the settings that it reads, with their defaults. A change of these makes the stage stale; a change of anything
+else, such as a comment, another stage or another kind of decoder, does not.
 """
 
 import json
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 
-# What each stage reads of the configuration. tests/test_closure.py holds dvc.yaml to it.
+# The settings that each stage reads. tests/test_closure.py checks dvc.yaml against them.
 _BUILT = ["data.image_size", "data.resize", "decoder", "encoder"]
 SETTINGS = {
     "validate": ["data", "language_model"],
@@ -31,14 +31,14 @@ SETTINGS = {
     "evaluate": [*_BUILT, "language_model", "profile", "stage1", "stage2", "evaluate"],
     "register": ["profile", "register"],
 }
-# How a step is computed, not what: a stopped training may go on with another choice.
+# These change how a step is computed, not its result: a stopped training may continue with other values.
 _FREE = {"accumulation", "gradient_checkpointing"}
 # The code that MLflow runs when it serves a registered version.
 _SERVED = ("vlv.registry.serving:ServedModel",)
 
 
 def run(settings: Config, paths: Paths) -> dict[str, Any]:
-    """Write `work/inputs/STAGE.json` for each stage, and say what has changed in it."""
+    """Write `work/inputs/STAGE.json` for each stage, and log what changed in it."""
     written: dict[str, Any] = {}
     for stage in SETTINGS:
         path = paths.work / "inputs" / f"{stage}.json"
@@ -63,9 +63,9 @@ def changed(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
 
 
 def decoder_code(section: config.Decoder) -> list[str]:
-    """Where the code of the configured kind of decoder begins, as roots for `closure`: it is imported by its name.
+    """The roots of the configured kind of decoder for `closure`, because it is imported by its name.
 
-    All code counts in the module of a kind from outside the package.
+    For a kind outside the package, all code of its module counts.
 
     Raises:
         ConfigError: there is no such module.
@@ -79,7 +79,7 @@ def decoder_code(section: config.Decoder) -> list[str]:
 
 
 def roots(stage: str, settings: Config) -> list[str]:
-    """The functions that a stage's code begins with, for `closure`."""
+    """The functions where a stage's code begins, for `closure`."""
     found = [f"vlv.stages.{stage}:run"]
     if stage != "validate":
         found += decoder_code(settings.decoder)
@@ -92,7 +92,7 @@ def inputs(stage: str, settings: Config, paths: Paths) -> dict[str, Any]:
     """What decides a stage's result besides its data: its code by module, its settings, its pretrained parts.
 
     Raises:
-        AssetError: a part that is not there.
+        AssetError: a part is missing.
     """
     dump = settings.model_dump(mode="json", by_alias=True)
     return {
@@ -134,14 +134,14 @@ def tensor_hash(module: "torch.nn.Module") -> str:
 
 
 def part_hash(part: config.Encoder | config.Decoder | config.LanguageModel, paths: Paths) -> str:
-    """The content of a pretrained part, and whether its weights are drawn anew."""
+    """Hash of a pretrained part's content and of whether its weights are drawn at random."""
     reference = part.architecture if part.weights == "random" and part.architecture else part.pretrained
     return f"{part.weights}:{assets.content(reference, paths)}"
 
 
 @dataclass(frozen=True)
 class TrainingHashes:
-    """What decides a training.
+    """The hashes that decide a training.
 
     Attributes:
         code: hashes of the code by module.
@@ -153,12 +153,12 @@ class TrainingHashes:
 
     @property
     def input_hash(self) -> str:
-        """One hash of all of it."""
+        """One hash of both."""
         return files.sha256_bytes(json.dumps([self.code, self.rest], sort_keys=True).encode())
 
 
 def training_hashes(stage: str, settings: Config, paths: Paths) -> TrainingHashes:
-    """What decides the training of a stage.
+    """The hashes that decide the training of a stage.
 
     Raises:
         ConfigError: there is no data, or for Stage 2 no model of Stage 1.
@@ -173,7 +173,7 @@ def training_hashes(stage: str, settings: Config, paths: Paths) -> TrainingHashe
         weights = paths.work / "stage1" / "model" / "model.safetensors"
         if not weights.exists():
             raise config.ConfigError(
-                f"{weights} does not exist: Stage 2 begins with it. Train it with: dvc repro stage1"
+                f"{weights} does not exist, and Stage 2 starts from it. Train it with: dvc repro stage1"
             )
         chosen["stage1_weights"] = files.sha256_file(weights)
     return TrainingHashes(code, files.sha256_bytes(json.dumps(chosen, sort_keys=True).encode()))

@@ -1,4 +1,4 @@
-"""What models make of the test set, for the evaluation: the trained models, the baselines and the upper bounds."""
+"""Outputs on the test set for the evaluation: of the trained models, the baselines and the upper bounds."""
 
 from collections.abc import Sequence
 
@@ -54,10 +54,10 @@ def captions_without_stage1(settings: Config, paths: Paths, pixels: Sequence[Pix
 def pictures(
     model: Autoencoder, e: Evaluate, pixels: Sequence[Pixels], true_captions: Sequence[str | None]
 ) -> dict[str, list[Pixels]]:
-    """Pictures in the decoder's size, (H, W, 3) uint8, of N images (any size), by what they are drawn from.
+    """Pictures in the decoder's size, (H, W, 3) uint8, of N images (any size), by their source:
 
     - reconstruction: the caption embeddings of the images.
-    - vae: the latents of the images, which no diffusion decoder can draw more exactly.
+    - vae: the latents of the images; no diffusion decoder can be more exact.
     - upper_bound: the true captions; left out if an image has none.
     """
     count, size = len(pixels), model.decoder.image_size

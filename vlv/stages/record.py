@@ -1,4 +1,4 @@
-"""What a training stage leaves besides its model: curve, figures, plot, and its MLflow run."""
+"""What a training stage writes besides its model: curve, figures, plot and MLflow run."""
 
 import math
 import shutil
@@ -20,13 +20,13 @@ from vlv.training import distributed, ledger
 
 
 class Record:
-    """Where one training stage writes.
+    """The paths that one training stage writes to.
 
     Attributes:
         model: the finished model's folder (a DVC output).
-        training: checkpoints and curve of this very training (its input hash is in the name, so that other settings
-            or other code start anew); removed when the stage is finished.
-        figures: what goes to metrics/STAGE.json.
+        training: checkpoints and curve of this training; removed when the stage is finished. Its name contains the
+            input hash, so that other settings or other code start a new training.
+            figures: the contents of metrics/STAGE.json.
     """
 
     def __init__(self, stage: str, paths: Paths, hashes: TrainingHashes) -> None:
@@ -37,7 +37,7 @@ class Record:
         self.figures: dict[str, Any] = {}
 
     def result(self) -> dict[str, Any]:
-        """The figures as written; none in a process that does not write."""
+        """The figures as written; empty in a process that does not write."""
         if not distributed.is_main():
             return {}
         figures: dict[str, Any] = files.read_json(self.paths.metrics / f"{self.stage}.json")
@@ -48,10 +48,10 @@ class Record:
 def training_record(
     record: Record, settings: Config, training: Training
 ) -> Iterator[Callable[[int, dict[str, float]], None]]:
-    """An MLflow run around a training; yields what the loop calls with its curve.
+    """Open an MLflow run around a training; yields the function that the loop calls with its curve.
 
-    At the end the curve goes to plots/STAGE.csv and .png, the figures to metrics/STAGE.json, all of it and the
-    model to the run, and the checkpoints are removed. Of several processes the main one does all this.
+    At the end the curve is written to plots/STAGE.csv and .png and the figures to metrics/STAGE.json; these and the
+    model are logged to the run, and the checkpoints are removed. Only the main process does this.
     """
     if not distributed.is_main():
         yield lambda step, values: None
@@ -94,7 +94,7 @@ def training_record(
 
 
 def _rows(run: tracking.Run, training: Training) -> list[dict[str, float]]:
-    """The curve by step. Points that a bad disk took from the record come from MLflow."""
+    """The curve by step. Points that a bad disk lost are taken from MLflow."""
     keys = ("loss", "learning_rate", "samples_per_second")
     points = run.curve(keys)
     if not points.keys() >= set(range(training.log_every, training.steps + 1, training.log_every)):
@@ -107,7 +107,7 @@ def _rows(run: tracking.Run, training: Training) -> list[dict[str, float]]:
 
 
 def log_data(run: tracking.Run, paths: Paths) -> None:
-    """Name the data of a run: digest of the manifest, source and counts."""
+    """Log the data of a run: digest of the manifest, source and counts."""
     manifest = shards.read_manifest(paths.data)
     digest = files.sha256_file(paths.data / "manifest.json")
     counts = {name: split.samples for name, split in manifest.splits.items()}

@@ -14,7 +14,7 @@ from vlv.models import saved
 
 
 def run(settings: Config, paths: Paths) -> dict[str, Any]:
-    """Register captioner and auto-encoder; metrics/register.json says which versions they became."""
+    """Register captioner and auto-encoder; write their versions to metrics/register.json."""
     evaluation = paths.metrics / "evaluate.json"
     example = {"image": [_first_test_image(paths)]}
     result: dict[str, Any] = {}
@@ -29,7 +29,7 @@ def run(settings: Config, paths: Paths) -> dict[str, Any]:
         ):
             with tempfile.TemporaryDirectory() as temporary:
                 bundle = Path(temporary) / "model"
-                # With its parts: a registered version needs nothing of this folder to load.
+                # With its parts, so that a registered version loads without this folder.
                 saved.bundle(paths.work / stage / "model", paths, bundle)
                 version = registry.register(
                     paths, name, served, model_folder=bundle, example=example, evaluation=evaluation,
@@ -37,7 +37,7 @@ def run(settings: Config, paths: Paths) -> dict[str, Any]:
                 )  # fmt: skip
             result[stage] = {"name": name, "version": version, "run_id": run_id}
     files.write_json(paths.metrics / "register.json", result)
-    # The stage's output for DVC lies in the store itself: without the store the stage runs again.
+    # The stage's output for DVC is in the store itself: if the store is gone, the stage runs again.
     files.write_json(paths.root / "mlflow" / "store" / "registered.json", result)
     return result
 

@@ -37,7 +37,7 @@ def run(settings: Config, paths: Paths) -> dict[str, Any]:
 
 
 def _loader(settings: Config, paths: Paths, model: Autoencoder) -> ShardLoader:
-    """Training images, or what the frozen parts make of them where the configuration caches that."""
+    """Training images, or the frozen parts' cached outputs for them if the configuration says so."""
     s = settings.stage1
     rank, world_size = distributed.rank(), distributed.world_size()
     images = distributed.micro_batch_size(s, s.batch_size // s.noise_samples_per_image) * world_size

@@ -18,12 +18,12 @@ from vlv.stages import caches, inputs
 from vlv.stages.record import Record, training_record
 from vlv.training import distributed, loop
 
-_MEASURED = 2000  # samples that a context's mean and std are taken from where not all are computed
+_MEASURED = 2000  # samples for a context's mean and std, if not all are computed
 
 
 def run(settings: Config, paths: Paths) -> dict[str, Any]:
     """Train on the training pairs."""
-    trained = Autoencoder.load(paths.work / "stage1" / "model", paths).encoder  # its decoder takes no part
+    trained = Autoencoder.load(paths.work / "stage1" / "model", paths).encoder  # its decoder is not used
     hashes = inputs.training_hashes("stage2", settings, paths)
     record = Record("stage2", paths, hashes)
     with training_record(record, settings, settings.stage2) as on_log:
@@ -43,7 +43,7 @@ def train_captioner(
     on_log: Callable[[int, dict[str, float]], None],
     title: str,
 ) -> tuple[Captioner, int]:
-    """Stage 2 on an encoder as Stage 1 left it, in `folder`; returns the captioner and how many captions were cut."""
+    """Run Stage 2 in `folder` on Stage 1's encoder; returns the captioner and how many captions were cut."""
     s = settings.stage2
     device = distributed.join(settings.compute.timeout_minutes)
     captioner = Captioner.build(settings, paths)
@@ -72,7 +72,7 @@ def train_captioner(
 
 
 def _loader(settings: Config, paths: Paths, captioner: Captioner) -> ShardLoader:
-    """Training pairs, with what the frozen parts make of the images where that can be kept."""
+    """Training pairs, with the frozen parts' cached outputs for the images where these can be cached."""
     s = settings.stage2
     rank, world_size = distributed.rank(), distributed.world_size()
     entries = shards.read_manifest(paths.data).splits["train"].shards
@@ -85,7 +85,7 @@ def _loader(settings: Config, paths: Paths, captioner: Captioner) -> ShardLoader
     kept: ShardCache | None = None
     frozen = not s.trains_encoder
     if frozen or settings.language_model.standardise_context:
-        # A learning encoder's context is needed only to be measured once, where it starts.
+        # A trainable encoder's context is needed only once, to measure its mean and std at the start.
         needed = entries if frozen else _first(entries, _MEASURED)
         contexts = filled(caches.contexts(settings, paths, captioner), needed)
         if settings.language_model.standardise_context:
@@ -108,7 +108,7 @@ def _loader(settings: Config, paths: Paths, captioner: Captioner) -> ShardLoader
 
 
 def _first(entries: list[shards.ShardEntry], samples: int) -> list[shards.ShardEntry]:
-    """As many whole shards from the start as hold at least `samples` samples."""
+    """The fewest whole shards from the start that hold at least `samples` samples."""
     needed: list[shards.ShardEntry] = []
     for entry in entries:
         if sum(chosen.samples for chosen in needed) >= samples:

@@ -1,4 +1,4 @@
-"""Validation: hold data/ to its gate before anything is trained on it."""
+"""Validation: check data/ against its gate before any training."""
 
 from typing import Any
 
@@ -10,13 +10,13 @@ from vlv.stages import words
 
 
 def run(settings: Config, paths: Paths) -> dict[str, Any]:
-    """Check every shard and sample, and the captions against the language model's tokenizer.
+    """Check every shard and sample, and whether the language model's tokenizer covers the captions.
 
     The verdict is written before a failure is raised.
 
     Raises:
-        DataError: the gate is not met; the message names what and where.
-        AssetError, PretrainedError: the language model's tokenizer cannot be had.
+        DataError: the data fails the gate; the message names the problem and its place.
+        AssetError, PretrainedError: the language model's tokenizer is not available.
     """
     tokenizer = words.tokenizer(settings.language_model, paths)
     verdict = expectations.validate(paths.data, settings.data.gate, tokenizer=tokenizer)
@@ -27,7 +27,7 @@ def run(settings: Config, paths: Paths) -> dict[str, Any]:
     with tracking.start_run(paths, "validate", system_metrics=False) as run_:
         run_.log_artifact(summary)
         run_.log_metrics({"success": float(verdict.success), "failures": float(len(verdict.failures()))})
-    # What the trainings depend on: passed or not, so that another expectation makes no training stale.
+    # The trainings depend only on whether it passed, so another expectation makes no training stale.
     files.write_json(paths.work / "validate" / "verdict.json", {"success": verdict.success})
     misfit = any(not held.holds(settings.data.gate.min_share_held) for held in verdict.vocabulary.values())
     verdict.check(words.remedy(settings, paths) if misfit else "")

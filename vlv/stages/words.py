@@ -1,4 +1,4 @@
-"""Tells whether the language model's tokenizer holds the words of the captions in data/, and which profiles' do."""
+"""Checks whether the language model's tokenizer covers the captions in data/, and which profiles' tokenizers do."""
 
 from collections.abc import Iterator
 from itertools import islice
@@ -16,7 +16,7 @@ from vlv.io import assets, files
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-_LOOKED_AT = 20_000  # captions that are looked at here; the data gate looks at all of them
+_LOOKED_AT = 20_000  # captions that are checked here; the data gate checks all of them
 
 
 def tokenizer(part: LanguageModel, paths: Paths) -> "PreTrainedTokenizerBase | None":
@@ -24,9 +24,9 @@ def tokenizer(part: LanguageModel, paths: Paths) -> "PreTrainedTokenizerBase | N
 
     Raises:
         AssetError: the language model cannot be fetched.
-        PretrainedError: it has no tokenizer that can be read.
+        PretrainedError: its tokenizer is missing or cannot be read.
     """
-    from vlv.models import build  # torch: some seconds
+    from vlv.models import build  # torch takes some seconds
 
     return None if _wordless(part) else build.tokenizer(assets.resolve(part.pretrained, paths, weights=False))
 
@@ -52,7 +52,7 @@ def misfit(settings: Config, paths: Paths) -> str:
 
 
 def remedy(settings: Config, paths: Paths) -> str:
-    """Which profiles for imported images have a language model that holds the captions in data/."""
+    """A text that names the profiles for imported images whose language model covers the captions in data/."""
     captions, share = _captions(paths), settings.data.gate.min_share_held
     fitting, absent = [], []
     for name, part in _others(settings, paths).items() if captions else ():
@@ -76,7 +76,7 @@ def _others(settings: Config, paths: Paths) -> dict[str, LanguageModel]:
         try:
             other = config.parse(files.read_text(path), str(path))
         except (config.ConfigError, files.FileError):
-            continue  # `vlv config use` says what is wrong with it
+            continue  # `vlv config use` reports the error
         if other.data.source.kind == "imported" and other.language_model != settings.language_model:
             found[name] = other.language_model
     return found
@@ -87,7 +87,7 @@ def _wordless(part: LanguageModel) -> bool:
 
 
 def _held(part: LanguageModel, paths: Paths, captions: list[str]) -> Coverage | None:
-    """How much of the captions a language model holds; None if it is not on this machine."""
+    """How much of the captions a language model covers; None if it is not on this machine."""
     from vlv.models import build
 
     try:
@@ -98,7 +98,7 @@ def _held(part: LanguageModel, paths: Paths, captions: list[str]) -> Coverage | 
 
 
 def _captions(paths: Paths) -> list[str]:
-    """The first captions of the training images in data/, which are in random order; none if the table is damaged."""
+    """The first captions of the training images in data/ (in random order); none if the table is damaged."""
     try:
         return list(islice(_read(paths), _LOOKED_AT))
     except (OSError, pa.ArrowException, ValueError):

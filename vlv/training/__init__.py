@@ -1,1 +1,1 @@
-"""Training: the one loop that both stages and the pretraining of the tiny parts go through."""
+"""Training: one loop for both stages and for the pretraining of the tiny parts."""

@@ -28,7 +28,7 @@ log = logging.getLogger(__name__)
 
 
 class MissingProcessError(RuntimeError):
-    """Some of the processes that should train together did not come."""
+    """Some of the processes that should train together did not connect."""
 
 
 def rank() -> int:
@@ -37,7 +37,7 @@ def rank() -> int:
 
 
 def world_size() -> int:
-    """How many processes train together."""
+    """The number of processes that train together."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
@@ -50,7 +50,7 @@ def join(minutes: float = 30.0) -> torch.device:
     """Wait for the other processes and return the device of this one. Later calls only return the device.
 
     Raises:
-        MissingProcessError: not all processes came within `minutes`.
+        MissingProcessError: not all processes connected within `minutes`.
         ConfigError: there are more processes on this machine than GPUs.
     """
     here, cpu = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), _is_set("ACCELERATE_USE_CPU")
@@ -73,7 +73,7 @@ def join(minutes: float = 30.0) -> torch.device:
 
 
 def accelerator(settings: Training) -> Accelerator:
-    """Accelerate, with sharded parameters where the launcher asks for them.
+    """The Accelerator, with sharded parameters if the launcher asks for them.
 
     accelerate keeps the first precision that a process asks for and refuses another one, so it is never told the
     precision: the loop's own autocast applies it. Trainable parameters are stored, averaged over the processes and

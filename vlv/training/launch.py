@@ -1,12 +1,12 @@
-"""The processes of one training on one machine: start them, watch them, end them.
+"""Starts, watches and ends the processes of one training on one machine.
 
 The stage's own process starts them, each running the same stage, and waits. The settings of an accelerate file are
 passed on in environment variables, as `accelerate launch` does. Several machines are started with `accelerate launch`
 on each of them (docs/train.md).
 
-No library's launcher is used, because accelerate's starts no processes on CPUs, and torch's
-(`torch.distributed.elastic`) records errors by whole seconds, which hides the first one, kills processes that still
-save 30 seconds after another one has left, and starts new sessions, which a kill of this process group does not reach.
+No library's launcher is used. accelerate's starts no processes on CPUs. torch's (`torch.distributed.elastic`) records
+errors by whole seconds, which hides the first one; it kills processes that are still saving 30 seconds after another
+one has left; and it starts new sessions, which a kill of this process group does not reach.
 """
 
 import contextlib
@@ -30,7 +30,7 @@ from vlv.config import ConfigError
 from vlv.io import files
 from vlv.io.stopping import Stopped, end_with
 
-_GRACE_SECONDS = 20.0  # for the others to leave after one failed; they may wait for it in a collective
+_GRACE_SECONDS = 20.0  # for the others to leave after one has failed; they may wait for it in a collective
 _ORPHAN_SECONDS = 30.0  # to save after the parent died
 _TAIL_LINES = 15
 _MAX_PROCESSES = 1024  # on one machine
@@ -51,7 +51,7 @@ def inside() -> bool:
 
 
 def run(command: list[str], launch_file: Path, root: Path, environment: dict[str, str]) -> None:
-    """Run `command` in as many processes as the accelerate file says; returns when all have ended well.
+    """Run `command` in as many processes as the accelerate file says; returns when all have succeeded.
 
     SIGTERM and Ctrl-C are passed on, so that the processes save. A second Ctrl-C kills them. Only the main process
     (rank 0) shares the output of this one.
@@ -91,7 +91,7 @@ def run(command: list[str], launch_file: Path, root: Path, environment: dict[str
 
 
 def read_launch_file(path: Path) -> dict[str, Any]:
-    """An accelerate configuration file, with the values that are used here checked.
+    """Read an accelerate configuration file and check the values that are used here.
 
     Raises:
         ConfigError: it is missing, not YAML, or for several machines.
@@ -134,7 +134,7 @@ def accelerate_variables(settings: dict[str, Any]) -> dict[str, str]:
 
 
 def free_port() -> int:
-    """A port of this machine that no one listens on."""
+    """A free port of this machine."""
     with socket.create_server(("127.0.0.1", 0)) as probe:
         port: int = probe.getsockname()[1]
         return port

@@ -1,7 +1,7 @@
 """What a training costs: device time, samples, operations and money, summed over its sessions.
 
-A session is one start of the training. The sums are kept beside the checkpoints. They include steps that a kill made
-void, because these were paid for too. They do not include what was spent between the last line of the curve and a kill.
+A session is one start of the training. The sums are stored beside the checkpoints. They include steps that a kill
+lost, because these cost money too. They do not include the cost between the last line of the curve and a kill.
 """
 
 import time
@@ -17,10 +17,10 @@ NAME = "ledger.json"
 
 
 class Sums(Section):
-    """What ledger.json holds.
+    """The contents of ledger.json.
 
     Attributes:
-        sessions: how often the training was started.
+        sessions: number of starts of the training.
         device_seconds: wall time x processes.
         flops_per_step: operations of one optimizer step over all processes (a multiply-add counts as two); None
             until they are counted.

@@ -1,4 +1,4 @@
-"""The training loop. Both stages and the pretraining of the tiny parts use it; there is no other.
+"""The only training loop: both stages and the pretraining of the tiny parts use it.
 
 A step's loss is the mean over the whole batch. Its samples and random numbers are the same for any number of
 processes and micro-batches.
@@ -31,10 +31,10 @@ OnLog = Callable[[int, dict[str, float]], None]
 
 @runtime_checkable
 class WeightedLoss(Protocol):
-    """A module whose loss is a mean over something else than samples, such as tokens."""
+    """A module whose loss is a mean over items other than samples, such as tokens."""
 
     def loss_weight(self, batch: Any) -> int:
-        """How many of these things the loss of this micro-batch is a mean over."""
+        """The number of items over which the loss of this micro-batch is a mean."""
         ...
 
 
@@ -69,7 +69,7 @@ def train(
         input_hash: hash of everything that decides the result. A checkpoint with another hash is refused.
         on_log: called in the main process every `log_every` steps with the number of finished steps and the values
             loss (mean since the last call), learning_rate and samples_per_second.
-        title: what the progress bar and the errors call this training.
+        title: name of this training in the progress bar and in errors.
 
     Raises:
         LockHeldError: another process trains in `folder`.
@@ -153,14 +153,14 @@ class _Loop:
                     self._save(done)
                 if stopping and done < s.steps:
                     raise Stopped(
-                        f"{self.title}: stopped and saved at step {done} of {s.steps}; run it again to go on."
+                        f"{self.title}: stopped and saved at step {done} of {s.steps}; run it again to continue."
                     )
         self.average.copy_to_weights()
         distributed.unshard(self.module)
 
     @contextlib.contextmanager
     def _fitting(self, step: int) -> Iterator[None]:
-        """Turn an error about memory into one that says what helps."""
+        """Turn an out-of-memory error into one that names remedies."""
         try:
             yield
         except RuntimeError as error:

@@ -29,7 +29,7 @@ _FILES = {"weights.safetensors", "optimizer.safetensors", "averages.safetensors"
 
 
 class CheckpointError(RuntimeError):
-    """A checkpoint that does not belong to this training."""
+    """The checkpoint does not belong to this training."""
 
 
 @dataclass(frozen=True)
@@ -112,13 +112,13 @@ def load(folder: Path, step: int, input_hash: str) -> Checkpoint:
     path = folder / f"step-{step:08d}"
     if not path.exists():
         raise CheckpointError(
-            f"{path} is not there for this process. All machines need the project folder on a file system they share."
+            f"This process cannot find {path}. All machines need the project folder on a shared file system."
         )
     state = files.read_json_object(path / "state.json")
     if state.get("input_hash") != input_hash:
         raise CheckpointError(
             f"{path} belongs to a training with other settings, data or base models. "
-            f"Move or delete {folder} to start anew."
+            f"Move or delete {folder} to start again."
         )
     tensors = [_Stored(path / f"{name}.safetensors") for name in ("weights", "optimizer", "averages")]
     return Checkpoint(state["step"], state["input_hash"], *tensors)

@@ -1,8 +1,8 @@
-"""The frozen text-to-image decoder: the interface that all kinds share.
+"""The frozen text-to-image decoder: the common interface of all kinds.
 
 A decoder is a latent diffusion model of three parts. The conditioner turns caption embeddings or prompts into a
 context, the VAE turns images into latents and back, and the denoiser predicts noise from noisy latents and the
-context. What the denoiser predicts, the noise schedule and the scale of the latents are read from the pretrained
+context. The prediction type, the noise schedule and the scale of the latents are read from the pretrained
 configurations.
 
 A new kind is one module with the two functions of `vlv.models.build.Kind`, and one profile that names it
@@ -35,12 +35,12 @@ from vlv.io import images
 @final
 @dataclass(frozen=True)
 class Context:
-    """What SDXL and SD 3 denoisers are conditioned on, for B images. The methods are a tensor's of the same names.
+    """The conditioning of SDXL and SD 3 denoisers for B images. Its methods do what a tensor's of the same names do.
 
     Attributes:
-        states: (B, T, C) states of both CLIP encoders, side by side.
-        pooled: (B, P), the summary of the whole text.
-        t5: (B, U, D) states of the T5 encoder, where it takes part.
+        states: (B, T, C), the concatenated states of both CLIP encoders.
+        pooled: (B, P), the pooled vector of the whole text.
+        t5: (B, U, D), the states of the T5 encoder, if it is used.
     """
 
     states: torch.Tensor
@@ -58,11 +58,11 @@ class Context:
         return self.each(lambda x: x.repeat_interleave(repeats, dim))
 
     def each(self, change: Callable[[torch.Tensor], torch.Tensor]) -> "Context":
-        """The same change to all its tensors."""
+        """Apply the same change to all its tensors."""
         return Context(change(self.states), change(self.pooled), None if self.t5 is None else change(self.t5))
 
     def followed_by(self, other: "Context") -> "Context":
-        """Both batches in one; other's tensors have the same lengths and widths."""
+        """Concatenate both batches; the tensors of `other` have the same lengths and widths."""
         t5 = None if self.t5 is None or other.t5 is None else torch.cat([self.t5, other.t5])
         return Context(torch.cat([self.states, other.states]), torch.cat([self.pooled, other.pooled]), t5)
 
@@ -71,12 +71,12 @@ C = TypeVar("C", torch.Tensor, Context)
 
 
 class Conditioner(nn.Module, ABC, Generic[C]):
-    """The text side of a decoder; C is what its denoiser takes as context.
+    """The text side of a decoder; C is the type of its denoiser's context.
 
-    It is a module of its own because the captioner needs it without the VAE and the denoiser.
+    It is a separate module because the captioner needs it without the VAE and the denoiser.
 
     Attributes:
-        use_text_encoder: whether caption embeddings pass the text encoders on their way to the context.
+        use_text_encoder: whether caption embeddings pass through the text encoders.
     """
 
     use_text_encoder: bool
@@ -84,11 +84,11 @@ class Conditioner(nn.Module, ABC, Generic[C]):
     @property
     @abstractmethod
     def width(self) -> int:
-        """Width of the caption embeddings and of their states."""
+        """Width of the caption embeddings and of their states (W)."""
 
     @abstractmethod
     def states(self, embeddings: torch.Tensor) -> torch.Tensor:
-        """Caption embeddings (B, Q, W) -> their states (B, Q, W), one for each query: what Stage 2 reads."""
+        """Caption embeddings (B, Q, W) -> states (B, Q, W), one for each query; Stage 2 reads them."""
 
     @abstractmethod
     def condition(self, embeddings: torch.Tensor) -> C:
@@ -96,7 +96,7 @@ class Conditioner(nn.Module, ABC, Generic[C]):
 
     @abstractmethod
     def embed_text(self, prompts: Sequence[str]) -> C:
-        """Prompts -> the denoiser's context, as the stock pipeline makes it.
+        """Prompts -> the denoiser's context, as in the stock pipeline.
 
         Raises:
             ValueError: built from an architecture without tokenizers.
@@ -106,12 +106,12 @@ class Conditioner(nn.Module, ABC, Generic[C]):
 class Decoder(nn.Module, ABC, Generic[C]):
     """VAE, conditioner and noise schedule of a latent diffusion model; a kind adds its denoiser.
 
-    Gradient checkpointing and FSDP work on whole blocks. The models of transformers and diffusers name the classes of
-    their blocks in `_no_split_modules`; a kind with a denoiser of its own names its classes in an attribute of the
-    same name (a list of strings).
+    Gradient checkpointing and FSDP work on whole blocks. The models of transformers and diffusers list the classes of
+    their blocks in `_no_split_modules`; a kind with its own denoiser lists its classes in an attribute of the same
+    name (a list of strings).
 
     Args:
-        image_size: side of the square images it draws, pixels.
+        image_size: side of the square images that it draws, in pixels.
     """
 
     conditioner: Conditioner[C]
@@ -127,7 +127,7 @@ class Decoder(nn.Module, ABC, Generic[C]):
         super().__init__()
         self.vae, self.conditioner = vae, conditioner
         self.scheduler, self.image_size = scheduler, image_size
-        # A VAE with 3 k^2 input channels takes k x k patches; Stable Diffusion's own has k = 1.
+        # A VAE with 3 k^2 input channels takes k x k patches; Stable Diffusion's VAE has k = 1.
         self._patch = math.isqrt(vae.config.in_channels // 3)
         self._downscale: int = self._patch * 2 ** (len(vae.config.block_out_channels) - 1)
         latent = image_size // self._downscale
@@ -157,10 +157,10 @@ class Decoder(nn.Module, ABC, Generic[C]):
         return self.conditioner.embed_text(prompts)
 
     def expect_width(self, takes: int) -> None:
-        """Refuse a denoiser and a text side that do not belong together.
+        """Refuse a denoiser and a text side that do not fit together.
 
         Raises:
-            ValueError: the denoiser takes a context of another width than the text side gives.
+            ValueError: the denoiser's context width differs from the text side's.
         """
         if takes != self.conditioner.width:
             raise ValueError(
@@ -169,7 +169,7 @@ class Decoder(nn.Module, ABC, Generic[C]):
 
     @abstractmethod
     def empty_context(self, context: C) -> C:
-        """The context without a text, in the shape of `context`: what guidance leads away from."""
+        """The context of an empty text, in the shape of `context`, for classifier-free guidance."""
 
     # -- image side ------------------------------------------------------------------------------------
 
@@ -205,14 +205,14 @@ class Decoder(nn.Module, ABC, Generic[C]):
         kind: str = "mse",
         same_noise: bool = False,
     ) -> torch.Tensor:
-        """Denoising loss of each sample (B,): latents (B, c, h, w) and their context.
+        """Denoising loss of each sample, (B,), for latents (B, c, h, w) and their context.
 
         Noise, timesteps and target follow the pretrained schedule. The mean over channels and pixels is computed in
         float32.
 
         Args:
             kind: "mse" or "l1".
-            same_noise: one noise tensor for the whole batch.
+            same_noise: use one noise tensor for the whole batch.
         """
         t = draw_timesteps(timesteps, len(latents), self.scheduler.config.num_train_timesteps, generator)
         noise = (
@@ -229,7 +229,7 @@ class Decoder(nn.Module, ABC, Generic[C]):
     def add_noise(
         self, latents: torch.Tensor, noise: torch.Tensor, t: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Noisy latents, the target of the prediction, and the timesteps that the denoiser gets, for t (B,).
+        """Noisy latents, the target of the prediction, and the denoiser's timesteps, for t (B,).
 
         The default is diffusion: the target is the noise (Ho et al. 2020, arXiv 2006.11239) or the velocity (Salimans
         and Ho 2022, arXiv 2202.00512).
@@ -247,8 +247,8 @@ class Decoder(nn.Module, ABC, Generic[C]):
     def sample(self, context: C, seeds: Sequence[int], steps: int, guidance: float) -> torch.Tensor:
         """Draw one image for each context of a batch -> (B, 3, H, W) uint8.
 
-        Classifier-free guidance leads away from the empty context (Ho and Salimans 2022, arXiv 2207.12598); at
-        guidance 1 there is none. Each image has its own seed, so it does not depend on the rest of its batch.
+        Classifier-free guidance (Ho and Salimans 2022, arXiv 2207.12598) contrasts the context with the empty context;
+        guidance 1 turns it off. Each image has its own seed, so it does not depend on the rest of its batch.
         """
         sampler = self.sampler()
         sampler.set_timesteps(steps, device=context.device)
@@ -267,7 +267,7 @@ class Decoder(nn.Module, ABC, Generic[C]):
         return self.decode(latents)
 
     def sampler(self) -> Any:
-        """A new sampler of the pretrained schedule. The default is DPM-Solver++."""
+        """A new sampler with the pretrained schedule. The default is DPM-Solver++."""
         return DPMSolverMultistepScheduler.from_config(
             self.scheduler.config, timestep_spacing="trailing", trust_remote_code=False
         )
@@ -280,7 +280,7 @@ def _together(first: C, second: C) -> C:
 
 
 def fit(states: torch.Tensor, length: int) -> torch.Tensor:
-    """Cut states (B, T, C) to `length`, or repeat their last one up to it."""
+    """Cut states (B, T, C) to `length`, or repeat the last state up to it."""
     if states.shape[1] < length:
         states = torch.cat([states, states[:, -1:].expand(-1, length - states.shape[1], -1)], 1)
     return states[:, :length]
@@ -292,7 +292,7 @@ def draw_timesteps(settings: Timesteps, count: int, total: int, generator: torch
     uniform: independent; stratified: one from each of as many equal slices of [0, total) as the batch has samples
     (over all processes and micro-batches), in random order; logit_normal: `total` times the sigmoid of a standard
     normal (Esser et al. 2024, arXiv 2403.03206); fixed: always the same. A share `high_noise_share` of them is drawn
-    anew from [high_noise_from, total).
+    again from [high_noise_from, total).
     """
     return rng.rows(count, generator, lambda n: _timesteps(settings, n, total, generator))
 

@@ -1,7 +1,7 @@
-"""CLIP text encoders that take embeddings in the place of words.
+"""CLIP text encoders that take embeddings instead of words.
 
-`CLIPTextModel.forward` takes no `inputs_embeds`, so its own parts are called in its own order; the results equal
-its own to the bit (tests/test_decoder.py).
+`CLIPTextModel.forward` takes no `inputs_embeds`, so its submodules are called here in the same order; the results
+are bit-identical (tests/test_decoder.py).
 """
 
 from collections.abc import Sequence
@@ -42,13 +42,13 @@ def _mask(model: CLIPTextModel, hidden: torch.Tensor) -> torch.Tensor | None:
 
 
 def tokenize(tokenizer: PreTrainedTokenizerBase | None, prompts: Sequence[str], length: int) -> torch.Tensor:
-    """Prompts -> ids (B, length), padded as the tokenizer does for its model, or cut.
+    """Prompts -> ids (B, length), padded as the model's tokenizer pads, or cut.
 
     Raises:
         ValueError: the encoder was built from an architecture without a tokenizer.
     """
     if tokenizer is None:
-        raise ValueError("this text encoder came without a tokenizer, so it can read no prompt")
+        raise ValueError("this text encoder came without a tokenizer, so it cannot read a prompt")
     encoded = tokenizer(list(prompts), padding="max_length", truncation=True, max_length=length, return_tensors="pt")
     ids: torch.Tensor = encoded["input_ids"]
     return ids
@@ -78,14 +78,14 @@ class ClipReader(nn.Module):
     def pooled(self, states: torch.Tensor) -> torch.Tensor:
         """States (B, Q, W) before the last layer -> (B, P): the projected final state at the last position.
 
-        The last query stands where a text has its end mark, the position this encoder's summary is read from: with
-        the causal mask it is the only one that sees everything.
+        The last query takes the place of a text's end token, from which this encoder reads its pooled vector: with the
+        causal mask only that position sees everything.
         """
         pooled: torch.Tensor = self.model.text_projection(finish(self._text_model, states)[:, -1])
         return pooled
 
     def read(self, prompts: Sequence[str]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Prompts -> states (B, T, W) before the last layer, and the pooled vector (B, P) at their end marks.
+        """Prompts -> states (B, T, W) before the last layer, and the pooled vector (B, P) at their end tokens.
 
         An encoder without a projection gives its pooled state (B, W) unprojected.
         """
@@ -96,6 +96,6 @@ class ClipReader(nn.Module):
 
 
 def build_reader(cls: Any, folder: Path, number: str, weights: config.Weights) -> ClipReader:
-    """The text encoder and tokenizer with that number ("" or "_2") in a diffusers folder; `cls` is the encoder's."""
+    """Text encoder (of class `cls`) and tokenizer with that number ("" or "_2") in a diffusers folder."""
     model = text_encoder(cls, CLIPTextConfig, folder, f"text_encoder{number}", weights)
     return ClipReader(model, tokenizer_if_any(folder / f"tokenizer{number}"))

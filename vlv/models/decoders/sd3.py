@@ -1,4 +1,4 @@
-"""Stable Diffusion 3 and 3.5: two CLIP text encoders and perhaps T5, and a transformer (MMDiT) that predicts a flow."""
+"""Stable Diffusion 3 and 3.5: two CLIP text encoders, optionally T5, and a flow-matching transformer (MMDiT)."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,13 +21,13 @@ T5_TOKENS = 256  # length of T5's part, also where it is absent: StableDiffusion
 
 
 class Options(Section):
-    """What only this kind can be told: `decoder.options` of the configuration."""
+    """The settings that only this kind has: `decoder.options` of the configuration."""
 
     use_t5: bool = Field(default=False, description="whether the T5 encoder takes part; the model can do without it")
 
 
 class T5Reader(nn.Module):
-    """The T5 encoder and its tokenizer. It has relative positions and sees in both directions."""
+    """The T5 encoder and its tokenizer. Its positions are relative and its attention is bidirectional."""
 
     def __init__(self, model: T5EncoderModel, tokenizer: PreTrainedTokenizerBase | None) -> None:
         super().__init__()
@@ -50,12 +50,12 @@ class T5Reader(nn.Module):
 
 
 class SD3Conditioner(Conditioner[Context]):
-    """Caption embeddings as wide as the encoders' inputs together; each part passes its own encoder.
+    """Caption embeddings as wide as all encoders' inputs together; each part passes through its own encoder.
 
     Args:
         first: CLIP ViT-L's text encoder; second: OpenCLIP ViT-bigG's; both with their projections.
-        t5: None: T5 takes no part, and the decoder puts zeros in its place.
-        use_text_encoder: off: the embeddings stand for the CLIP states before the last layers and T5's final ones.
+        t5: None: T5 is not used, and the decoder uses zeros instead.
+        use_text_encoder: False: the embeddings replace the CLIP states before the last layers and T5's final states.
     """
 
     def __init__(self, first: ClipReader, second: ClipReader, t5: T5Reader | None, *, use_text_encoder: bool) -> None:
@@ -65,7 +65,7 @@ class SD3Conditioner(Conditioner[Context]):
 
     @property
     def t5_width(self) -> int:
-        """Width of T5's part; 0 where it takes none."""
+        """Width of T5's part; 0 if T5 is not used."""
         return 0 if self.t5 is None else self.t5.width
 
     @property
@@ -77,7 +77,7 @@ class SD3Conditioner(Conditioner[Context]):
         return sum(self._widths)
 
     def states(self, embeddings: torch.Tensor) -> torch.Tensor:
-        """Caption embeddings (B, Q, W) -> all encoders' states side by side (B, Q, W)."""
+        """Caption embeddings (B, Q, W) -> the concatenated states of all encoders (B, Q, W)."""
         if not self.use_text_encoder:
             return embeddings
         first, second, third = embeddings.split(self._widths, -1)
@@ -85,16 +85,16 @@ class SD3Conditioner(Conditioner[Context]):
         return torch.cat(clips if self.t5 is None else [*clips, self.t5.states(third)], -1)
 
     def condition(self, embeddings: torch.Tensor) -> Context:
-        """Caption embeddings (B, Q, W) -> CLIP states, both CLIP summaries side by side (B, P), and T5's states.
+        """Caption embeddings (B, Q, W) -> CLIP states, both pooled CLIP vectors concatenated (B, P), and T5's states.
 
-        The summaries are taken from the states, so that they exist with `use_text_encoder` off as well.
+        The pooled vectors are computed from the states, so they also exist without `use_text_encoder`.
         """
         first, second, third = self.states(embeddings).split(self._widths, -1)
         pooled = torch.cat([self.first.pooled(first), self.second.pooled(second)], -1)
         return Context(torch.cat([first, second], -1), pooled, None if self.t5 is None else third)
 
     def embed_text(self, prompts: Sequence[str]) -> Context:
-        """Prompts -> context of the encoders' full lengths, as StableDiffusion3Pipeline has it."""
+        """Prompts -> context of the encoders' full lengths, as in StableDiffusion3Pipeline."""
         (first, first_pooled), (second, second_pooled) = self.first.read(prompts), self.second.read(prompts)
         pooled = torch.cat([first_pooled, second_pooled], -1)
         return Context(torch.cat([first, second], -1), pooled, None if self.t5 is None else self.t5.read(prompts))
@@ -104,7 +104,7 @@ class SD3Decoder(Decoder[Context]):
     """VAE, transformer, text side and noise schedule of one Stable Diffusion 3 (Esser et al. 2024, arXiv 2403.03206).
 
     Raises:
-        ValueError: the transformer does not take what the text side gives, images of this size, or this schedule.
+        ValueError: the transformer does not fit the text side, the image size or the schedule.
     """
 
     def __init__(
@@ -153,7 +153,7 @@ class SD3Decoder(Decoder[Context]):
         return prediction
 
     def _joint(self, context: Context) -> torch.Tensor:
-        """CLIP states filled up with zeros to T5's width, followed by T5's states, or zeros where it is absent."""
+        """CLIP states padded with zeros to T5's width, followed by T5's states, or by zeros without T5."""
         width = self.transformer.config.joint_attention_dim
         clips = F.pad(context.states, (0, width - context.states.shape[-1]))
         t5 = context.t5
@@ -164,9 +164,9 @@ class SD3Decoder(Decoder[Context]):
     def add_noise(
         self, latents: torch.Tensor, noise: torch.Tensor, t: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Points on the straight line from latents to noise, the line's direction, and the timesteps for t (B,).
+        """Points on the straight line from latents to noise, the line's direction, and the timesteps, for t (B,).
 
-        t counts the entries of the schedule before its shift. diffusers lists them with the noisiest first.
+        t is an index into the schedule before its shift. diffusers lists the noisiest entry first.
         """
         entry = self.scheduler.config.num_train_timesteps - 1 - t
         sigma = self.scheduler.sigmas.to(latents)[entry].view(-1, 1, 1, 1)
@@ -174,7 +174,7 @@ class SD3Decoder(Decoder[Context]):
         return sigma * noise + (1.0 - sigma) * latents, noise - latents, timesteps
 
     def empty_context(self, context: Context) -> Context:
-        """The empty prompt's context, each part cut or repeated at its end to the context's length."""
+        """The empty prompt's context; each part is cut, or its last state repeated, to the length in `context`."""
         empty = self.embed_text([""])
         t5 = None
         if empty.t5 is not None and context.t5 is not None:
@@ -184,7 +184,7 @@ class SD3Decoder(Decoder[Context]):
         return Context(states.expand_as(context.states), pooled, t5)
 
     def sampler(self) -> Any:
-        """Euler's method on the flow, with the pretrained schedule's shift."""
+        """Euler's method for the flow, with the pretrained schedule's shift."""
         return FlowMatchEulerDiscreteScheduler.from_config(self.scheduler.config, trust_remote_code=False)
 
 

@@ -1,4 +1,4 @@
-"""Stable Diffusion XL: two CLIP text encoders, and a UNet that also takes a summary of the text and image sizes."""
+"""Stable Diffusion XL: two CLIP text encoders, and a UNet that also takes a pooled text vector and image sizes."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,11 +16,11 @@ from vlv.models.decoders.clip import ClipReader, build_reader
 
 
 class SDXLConditioner(Conditioner[Context]):
-    """Caption embeddings as wide as both encoders' inputs together; each part passes its own encoder.
+    """Caption embeddings as wide as both encoders' inputs together; each part passes through its own encoder.
 
     Args:
         first: CLIP ViT-L's text encoder; second: OpenCLIP ViT-bigG's, with its projection.
-        use_text_encoder: off: the embeddings stand for the states before the last layers.
+        use_text_encoder: False: the embeddings replace the states before the last layers.
     """
 
     def __init__(self, first: ClipReader, second: ClipReader, *, use_text_encoder: bool) -> None:
@@ -33,23 +33,23 @@ class SDXLConditioner(Conditioner[Context]):
         return self.first.width + self.second.width
 
     def states(self, embeddings: torch.Tensor) -> torch.Tensor:
-        """Caption embeddings (B, Q, W) -> both encoders' states before their last layers, side by side (B, Q, W)."""
+        """Caption embeddings (B, Q, W) -> both encoders' states before their last layers, concatenated (B, Q, W)."""
         if not self.use_text_encoder:
             return embeddings
         first, second = embeddings.split([self.first.width, self.second.width], -1)
         return torch.cat([self.first.states(first), self.second.states(second)], -1)
 
     def condition(self, embeddings: torch.Tensor) -> Context:
-        """Caption embeddings (B, Q, W) -> states (B, Q, W) and the second encoder's summary (B, P) of its part.
+        """Caption embeddings (B, Q, W) -> states (B, Q, W) and the second encoder's pooled vector (B, P).
 
-        The summary is taken from the states, so that it exists (and is one the denoiser knows) with
-        `use_text_encoder` off as well.
+        The pooled vector is computed from the states, so without `use_text_encoder` it also exists and is of a kind
+        that the denoiser knows.
         """
         states = self.states(embeddings)
         return Context(states, self.second.pooled(states[..., self.first.width :]))
 
     def embed_text(self, prompts: Sequence[str]) -> Context:
-        """Prompts -> context of the encoders' full length, as StableDiffusionXLPipeline has it."""
+        """Prompts -> context of the encoders' full length, as in StableDiffusionXLPipeline."""
         first, _ = self.first.read(prompts)
         second, pooled = self.second.read(prompts)
         return Context(torch.cat([first, second], -1), pooled)
@@ -59,7 +59,7 @@ class SDXLDecoder(Decoder[Context]):
     """VAE, UNet, text side and noise schedule of one Stable Diffusion XL (Podell et al. 2023, arXiv 2307.01952).
 
     Raises:
-        ValueError: the UNet takes a context of another width than the text side gives, or none with sizes.
+        ValueError: the UNet's context width differs from the text side's, or the UNet takes no sizes.
     """
 
     sizes: torch.Tensor
@@ -79,11 +79,11 @@ class SDXLDecoder(Decoder[Context]):
         if unet.config.addition_embed_type != "text_time":
             raise ValueError("the UNet takes no pooled text vector and sizes (addition_embed_type is not text_time)")
         # Original height and width, top and left of the crop, target height and width. Images in training and in
-        # sampling are whole squares of this size, which is also what the stock pipeline says by default.
+        # sampling are whole squares of this size, which is also the stock pipeline's default.
         sizes = [image_size, image_size, 0, 0, image_size, image_size]
         self.register_buffer("sizes", torch.tensor([sizes], dtype=torch.float32), persistent=False)
         if not torch.cuda.is_available():
-            self.use_fused_attention(False)  # on a CPU its backward pass costs more where heads are small
+            self.use_fused_attention(False)  # on a CPU its backward pass costs more if heads are small
 
     @property
     def denoiser(self) -> UNet2DConditionModel:
@@ -97,11 +97,11 @@ class SDXLDecoder(Decoder[Context]):
         return prediction
 
     def empty_context(self, context: Context) -> Context:
-        """Zeros: SDXL was trained with them in the place of dropped texts (force_zeros_for_empty_prompt)."""
+        """Zeros: SDXL was trained with them instead of dropped texts (force_zeros_for_empty_prompt)."""
         return context.each(torch.zeros_like)
 
     def sampler(self) -> Any:
-        """DPM-Solver++ as diffusers advises for SDXL: without these options its last steps are unstable."""
+        """DPM-Solver++ with diffusers' recommended options for SDXL; without them its last steps are unstable."""
         return DPMSolverMultistepScheduler.from_config(
             self.scheduler.config, use_karras_sigmas=True, euler_at_final=True, trust_remote_code=False
         )

@@ -19,7 +19,7 @@ class TextConditioner(Conditioner[torch.Tensor]):
     """The frozen CLIP text encoder and its tokenizer.
 
     Args:
-        use_text_encoder: whether caption embeddings pass the text encoder on their way to the context.
+        use_text_encoder: whether caption embeddings pass through the text encoder.
     """
 
     def __init__(
@@ -31,14 +31,14 @@ class TextConditioner(Conditioner[torch.Tensor]):
 
     @property
     def width(self) -> int:
-        """Width of the caption embeddings and of the context: Stable Diffusion 1.x and 2.x have them equal."""
+        """Width of the caption embeddings and of the context; they are equal in Stable Diffusion 1.x and 2.x."""
         return int(self.text_encoder.config.hidden_size)
 
     def condition(self, embeddings: torch.Tensor) -> torch.Tensor:
         """Caption embeddings (B, Q, W) -> context (B, Q, W).
 
-        Through the frozen text encoder as its input embeddings (positions added, causal mask, final norm;
-        arXiv 2507.07104), or unchanged where `use_text_encoder` is off.
+        They pass through the frozen text encoder as its input embeddings (positions added, causal mask, final norm;
+        arXiv 2507.07104), or stay unchanged without `use_text_encoder`.
         """
         return self._encode(embeddings) if self.use_text_encoder else embeddings
 
@@ -47,7 +47,7 @@ class TextConditioner(Conditioner[torch.Tensor]):
         return self.condition(embeddings)
 
     def embed_text(self, prompts: Sequence[str]) -> torch.Tensor:
-        """Prompts -> context (B, T, W), padded as the tokenizer does for this model."""
+        """Prompts -> context (B, T, W), padded as this model's tokenizer pads."""
         return self._encode(self.text_encoder.embeddings.token_embedding(self.tokenize(prompts)))
 
     def tokenize(self, prompts: Sequence[str]) -> torch.Tensor:
@@ -67,7 +67,7 @@ class StableDiffusionDecoder(Decoder[torch.Tensor]):
     """VAE, UNet, text side and noise schedule of one Stable Diffusion; its context is one tensor (B, T, C).
 
     Raises:
-        ValueError: the UNet takes a context of another width than the text side gives.
+        ValueError: the UNet's context width differs from the text side's.
     """
 
     conditioner: TextConditioner
@@ -89,7 +89,7 @@ class StableDiffusionDecoder(Decoder[torch.Tensor]):
         extra = unet.config.in_channels - unet.config.out_channels
         self.register_buffer("coordinates", coordinate_channels(self.latent_shape[-1], extra), persistent=False)
         if not torch.cuda.is_available():
-            self.use_fused_attention(False)  # on a CPU its backward pass costs more where heads are small
+            self.use_fused_attention(False)  # on a CPU its backward pass costs more if heads are small
 
     @property
     def denoiser(self) -> UNet2DConditionModel:
@@ -105,20 +105,20 @@ class StableDiffusionDecoder(Decoder[torch.Tensor]):
         return prediction
 
     def empty_context(self, context: torch.Tensor) -> torch.Tensor:
-        """The empty prompt's context, cut or repeated at its end to the context's length."""
+        """The empty prompt's context, cut, or its last state repeated, to the length of `context`."""
         empty = self.embed_text([""]).to(context.dtype)
         return fit(empty, context.shape[1]).expand_as(context)
 
 
 def coordinate_channels(size: int, count: int) -> torch.Tensor:
-    """Constant input channels (1, count, size, size) that tell a UNet where it is.
+    """Constant input channels (1, count, size, size) that encode the position in the image for a UNet.
 
     A UNet with more input than output channels gets them, as inpainting models get their mask: sine and cosine of
-    x and y at `count / 4` octaves. Small UNets learn much sooner with them where objects are. Stable Diffusion has
-    none (count 0).
+    x and y at `count / 4` octaves. With them, small UNets learn the places of objects much sooner. Stable Diffusion
+    has none (count 0).
     """
     if count % 4:
-        raise ValueError(f"a UNet with {count} extra input channels is not one this decoder knows")
+        raise ValueError(f"this decoder does not support a UNet with {count} extra input channels")
     axis = (torch.arange(size) + 0.5) / size
     waves = [f(math.pi * 2**k * axis) for k in range(count // 4) for f in (torch.sin, torch.cos)]
     if not waves:
