@@ -2,11 +2,11 @@
 # make check        the environment, then in two minutes: lint, types, and the tests that need no server and train nothing
 # make test         the environment, then all tests
 # make coverage     the coverage of the tests that need no server and train nothing, and its floor
-# make kills        20 trainings killed at random (SEED=0), each held to the bytes of an uninterrupted one
+# make kills        20 trainings killed at random (SEED=0); each must end in the bytes of an uninterrupted one
 # make lint         ruff and mypy
 # make docs         the documentation site, in work/site (an environment of its own for mkdocs; the build needs no network)
 # make lock         write requirements.lock from the environment as it is (needs uv, for the hashes)
-# make variant      a control beside the headline: the pipeline up to evaluate in a clone of its own (work/variants)
+# make variant      a variant of the main run: the pipeline up to evaluate in a clone of its own (work/variants)
 #                   with some values changed; its figures and curves go to metrics/variants and plots/variants
 #                     make variant NAME=text-encoder SET="decoder.use_text_encoder=true"
 #                   (+KEY=VALUE for a key that the profile leaves at its default)
@@ -74,9 +74,9 @@ $(DOCS)/bin/mkdocs: pyproject.toml
 
 env: $(INSTALLED)
 
-# The lock is complete: no resolving. Then torch, which alone may need more: a CUDA build brings its own libraries.
+# The lock is complete, so nothing is resolved. Then torch; only a CUDA build of it brings more, its own libraries.
 $(INSTALLED): requirements.lock pyproject.toml
-	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(None if v in {(3, 11), (3, 12)} else f"Python {v[0]}.{v[1]} will not do: make $(MAKECMDGOALS) PYTHON=python3.11")'
+	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(None if v in {(3, 11), (3, 12)} else f"Python {v[0]}.{v[1]} is not supported: make $(MAKECMDGOALS) PYTHON=python3.11")'
 	@echo "Making the environment .venv from requirements.lock; a few minutes, and about 2 GB of disk."
 	$(PYTHON) -m venv .venv
 	$(INSTALL) --no-deps --require-hashes --requirement requirements.lock
@@ -89,8 +89,8 @@ lock: env
 	@$(BIN)/python .ci/lock.py
 	@git diff --stat -- requirements.lock
 
-# DVC's cache is shared with the clone, so what does not depend on the changed values is not made again. The control
-# on the headline's own Stage 1 (evaluate.untrained_baseline) is left to the headline.
+# DVC's cache is shared with the clone, so what does not depend on the changed values is not made again. The baseline
+# with an untrained Stage 1 (evaluate.untrained_baseline) is left to the main run.
 VARIANT := work/variants/$(NAME)
 variant: env
 	$(if $(NAME),,$(error make variant NAME=... SET="KEY=VALUE ..."))

@@ -1,1 +1,1 @@
-"""What choices of the code are worth in time, each beside its control."""
+"""How much time choices of the code save, each compared with its control."""

@@ -1,9 +1,9 @@
-"""Training steps, each beside its control, turn by turn in one process.
+"""Times training steps and their controls, in turns, in one process.
 
     vlv data download && python -m benchmarks.steps
 
-In a round each way does the same work once; what is told is the median over rounds of control / ours, so that whatever
-else the machine does falls on both. The ratios are those of the profile and the machine they were measured on.
+In a round each way does the same work once. The result is the median over rounds of control / ours, so other load on
+the machine affects both. The ratios hold for the profile and the machine they were measured on.
 """
 
 import argparse
@@ -29,8 +29,8 @@ from vlv.models.caption_tokens import IGNORED
 from vlv.models.captioner import Captioner, Stage2Batch
 from vlv.training import distributed, optim
 
-_WINDOW = 8  # steps whose captions are put in order of length
-_WORDS = 151_936  # Qwen2.5's; the tiny language model knows few, so that its last layer is no work
+_WINDOW = 8  # steps whose captions are sorted by length
+_WORDS = 151_936  # Qwen2.5's; the tiny language model has so few that its last layer costs nothing
 
 Work = Callable[[], None]
 Loss = Callable[[], torch.Tensor]
@@ -47,10 +47,10 @@ class Pair:
 
 
 def measure(pair: Pair, rounds: int) -> dict[str, Any]:
-    """Median seconds of both, and the ratio control / ours with its quartiles; one round before is not counted."""
+    """Median seconds of both, and the ratio control / ours with its quartiles, after a round that is not counted."""
     times: list[tuple[float, float]] = []
     for number in range(rounds + 1):
-        # Who goes first changes, so that neither always follows the other.
+        # The order alternates, so that neither always runs second.
         turns = [pair.do_ours, pair.do_control] if number % 2 else [pair.do_control, pair.do_ours]
         taken = {work: _seconds(work) for work in turns}
         times.append((taken[pair.do_ours], taken[pair.do_control]))
@@ -73,7 +73,7 @@ def _seconds(work: Work) -> float:
 
 
 def _step(model: torch.nn.Module, settings: config.Training, *losses: Loss) -> Work:
-    """An optimizer step for each of `losses`, at a rate of nothing: every round finds the same weights."""
+    """An optimizer step for each of `losses`, at learning rate 0: every round has the same weights."""
     still = settings.optimizer.model_copy(update={"weight_decay": 0.0, "group_rates": {}})
     optimizer = optim.build(optim.trainable(model), still)
     optim.set_rate(optimizer, 0.0)
@@ -133,7 +133,7 @@ def stage1(settings: Config, paths: Paths) -> list[Pair]:
 
 
 def stage2(settings: Config, paths: Paths) -> list[Pair]:
-    """Caches, batches of like length, and logits only where there is a label."""
+    """Caches, batches of similar length, and logits only where there is a label."""
     s = settings.stage2.model_copy(update={"learn": "mlp+llm"})
     model = Captioner.build(settings.model_copy(update={"stage2": s}), paths).to(saved.inference_device())
 
@@ -204,7 +204,7 @@ def _logits(settings: Config, paths: Paths, batch: Stage2Batch) -> Pair:
             loss: torch.Tensor = model.language_model(inputs_embeds=embeddings, labels=all_labels, use_cache=False).loss
             return loss
 
-    # The last layer alone differs: an optimizer's step for so many words would hide it.
+    # Only the last layer differs; an optimizer step for so many words would hide that.
     return Pair(
         f"Stage 2, logits where there is a label ({_WORDS:,} words)", "at all positions, the stock model's loss",
         lambda: ours().backward(), lambda: stock().backward(),
@@ -220,7 +220,7 @@ def table(measured: Sequence[dict[str, Any]]) -> str:
         )
         for one in measured
     ]  # fmt: skip
-    return tables.markdown(["", "beside", "seconds", "control", "ratio", "quartiles"], rows)
+    return tables.markdown(["", "compared with", "seconds", "control", "ratio", "quartiles"], rows)
 
 
 def main() -> None:

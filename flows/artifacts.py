@@ -1,4 +1,4 @@
-"""What a run of the flow came to, read from the files that its stages wrote: on the terminal and in the Prefect UI."""
+"""The results of a flow run, read from the files of its stages, for the terminal and the Prefect UI."""
 
 import base64
 import io
@@ -168,7 +168,7 @@ def _programs(paths: Paths) -> str:
 
 
 def _side_by_side(console: Console, paths: Paths, example: Example, width: int = 32) -> Text:
-    """Image and reconstruction in half blocks; nothing on a terminal without the colours."""
+    """Image and reconstruction in half blocks; nothing on a terminal without true colour."""
     if not console.is_terminal or console.color_system not in ("truecolor", "256"):
         return Text()
     import numpy as np

@@ -68,7 +68,7 @@ class _ParentRun:
     def variables(self) -> dict[str, str]:
         """The environment variables that tie a stage's MLflow run to the flow.
 
-        Without the parent's id where MLflow does not answer within 15 s: the stages' runs then stand alone.
+        The parent's id is missing if MLflow does not answer within 15 s: the stages' runs then stand alone.
         """
         flow_run_id = str(flow_run.id)
         first = self._run is None
@@ -98,7 +98,7 @@ def _run(paths: Paths, chosen: config.Config, upto: str | None, timeouts: dict[s
     with ExitStack() as until:
         parent = _ParentRun(paths, until)
         for name in stages:
-            # A stage that was current at the start, and before which nothing ran, is still current.
+            # A stage that was current at the start is still current if nothing ran before it.
             if name in changed or set(summary.outcomes.values()) - {"current"}:
                 variables = parent.variables() if policies[name].tracked else {}
                 task = dvc.stage(name, policies[name], timeouts.get(name))

@@ -1,4 +1,4 @@
-"""Children of the flow: a command in the project folder, its lines as they come, and nothing left of it at the end."""
+"""Child processes of the flow: they run in the project folder, pass on their output live and leave nothing behind."""
 
 import codecs
 import json
@@ -192,7 +192,7 @@ class CommandFailed(RuntimeError):
 
 
 def _inner_code(ended: Ended) -> int:
-    """The exit code of the stage, which DVC says only in words; if it says none, the child's."""
+    """The exit code of the stage, which DVC only prints; if it prints none, the child's."""
     for line in reversed(ended.tail):
         if line.startswith("ERROR") and (found := _EXITED.search(line)):
             return int(found.group(1))

@@ -24,10 +24,10 @@ ROOT = Path(__file__).resolve().parents[1]
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Order the tests for two processes (pytest --dist loadgroup), of which each takes one group after the other.
+    """Order the tests for two processes (pytest --dist loadgroup), each of which takes one group after the other.
 
     A file is a group, since its tests share fixtures; all tests on servers are one, so that a session starts each
-    server once. The longest groups come first: a process that is done early finds short ones to fill its time.
+    server once. The longest groups come first: a process that finishes early fills its time with short ones.
     """
     for item in items:
         server = item.get_closest_marker("server") is not None

@@ -18,7 +18,7 @@ TABLE = ("key", "url", "caption", "status", "error_message")
 
 
 def photo(number: int, size: tuple[int, int] = (96, 80)) -> bytes:
-    """A JPEG of coarse noise, another for each number; `size`: width and height."""
+    """A JPEG of coarse noise, a different one for each number; `size`: width and height."""
     pixels = np.random.default_rng(number).integers(0, 256, (size[1] // 8, size[0] // 8, 3), np.uint8)
     buffer = io.BytesIO()
     Image.fromarray(pixels).resize(size).save(buffer, format="JPEG", quality=90)
@@ -125,7 +125,7 @@ def coco_folder(root: Path, count: int) -> Path:
 
 
 def pictures(folder: Path, numbers: Iterable[int]) -> list[tuple[str, str]]:
-    """Images without a word beside them; their names and the captions that are to be listed."""
+    """Images without captions beside them; returns their names and the captions to list."""
     folder.mkdir(parents=True, exist_ok=True)
     rows = [(f"photo{i:04d}.jpg", caption(i)) for i in numbers]
     for i, (name, _) in zip(numbers, rows, strict=True):

@@ -33,14 +33,14 @@ class Kill:
 
 
 def draw(count: int, seed: int) -> list[Kill]:
-    """The kills of one training, in the order in which it comes past them."""
+    """The kills of one training, in the order in which it reaches them."""
     rng = random.Random(seed)
     rows = sorted(rng.sample(range(1, _LAST_ROW + 1), count))
     return [Kill(one, round(rng.uniform(0, _STEP_SECONDS), 3)) for one in rows]
 
 
 def prepare(folder: Path) -> Path:
-    """A smoke project after Stage 1 and Stage 2, nothing having gone wrong."""
+    """A smoke project after an uninterrupted Stage 1 and Stage 2."""
     source = config.parse(
         (projects.REPOSITORY / "configs" / "smoke.yaml").read_text(encoding="utf-8"), "smoke"
     ).data.source
@@ -52,9 +52,9 @@ def prepare(folder: Path) -> Path:
 
 
 def differs(uninterrupted: Path, folder: Path, stage: str, kills: list[Kill]) -> str | None:
-    """Train `stage` anew in `folder`, a copy of `uninterrupted`, killed on the way; what is wrong then, or None.
+    """Train `stage` again in `folder`, a copy of `uninterrupted`, with kills; returns what is wrong, or None.
 
-    A kill that comes after the end of the process kills nothing, which is said as well.
+    A kill that comes after the end of the process is wrong, too.
     """
     shutil.copytree(uninterrupted, folder, symlinks=True)
     shutil.rmtree(folder / "work" / stage)
@@ -66,7 +66,7 @@ def differs(uninterrupted: Path, folder: Path, stage: str, kills: list[Kill]) ->
         files.sha256_file(one / "work" / stage / "model" / "model.safetensors") for one in (folder, uninterrupted)
     )
     if ours != theirs:
-        return "its weights are others"
+        return "its weights differ"
     left = list((folder / "work" / stage).glob("training-*"))
     return f"left behind: {left}" if left else None
 
@@ -77,7 +77,7 @@ def _finish(folder: Path, stage: str) -> None:
 
 
 def main() -> int:
-    """Kill so many trainings once each; says each outcome and the counts."""
+    """Kill so many trainings once each; prints each outcome and the counts."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--seed", type=int, default=0)

@@ -1,4 +1,4 @@
-"""A proxy that forwards nothing and writes down who was to be called: what a command connects to is seen.
+"""A proxy that forwards nothing and records every connection that a command tries to open.
 
 requests, httpx, urllib, aiohttp with `trust_env`, pip and git all go through the proxy that the environment names.
 """

@@ -1,6 +1,6 @@
 """Pictures like photographs (sky, ground, one thing, soft edges) with ordinary sentences.
 
-And small parts of the classes in the profiles for your own photographs; their tokenizers know every word.
+Also small parts of the classes in the profiles for your own photographs; their tokenizers know every word.
 """
 
 from pathlib import Path
@@ -56,7 +56,7 @@ def _photograph(rng: np.random.Generator) -> tuple[Image.Image, str]:
     place = (left, top, left + int(rng.integers(70, 130)), top + int(rng.integers(60, 100)))
     (ImageDraw.Draw(picture).rectangle if thing == "house" else ImageDraw.Draw(picture).ellipse)(place, colour)
     sentences = [
-        f"A {thing}.",  # people's captions are as short as this, and as long as the last
+        f"A {thing}.",  # real captions are as short as this one and as long as the last
         f"There's a {thing} on {ground}.",
         f"A {thing} under {sky} sky, photographed from the road; {ground} in the foreground.",
         f"We stopped here on our second day: {ground}, {sky} sky and, standing all alone, a weathered old {thing} that "
@@ -84,7 +84,7 @@ def tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
 
 
 def parts(root: Path, texts: list[str]) -> dict[str, str]:
-    """Small parts with new weights; name -> folder: those of `photos`, and a Llama as SmolLM2 is one."""
+    """Small parts with new weights; name -> folder: those of `photos`, and a Llama like SmolLM2."""
     words = tokenizer(texts)
     torch.manual_seed(0)
     florence = Florence2Config.from_pretrained(ROOT / "pretrained" / "tiny" / "encoder")

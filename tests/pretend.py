@@ -2,7 +2,7 @@
 
 What a GPU refuses is refused here, in a process that has no GPU: an operation on tensors of two devices, numpy's view
 of one that is not the CPU's. Values are those of a CPU, so that results can be compared. torch is changed for good, so
-it is a program: `python tests/pretend.py "run stage1" ...` is `vlv run stage1`, and so on, where there is such a one.
+it is a program: `python tests/pretend.py "run stage1" ...` runs `vlv run stage1` and so on with this accelerator.
 
 torch's own means for a backend in Python: https://docs.pytorch.org/docs/stable/notes/extending.html and
 `torch.utils.backend_registration`.
@@ -78,9 +78,9 @@ class _Backend(_DummyBackendModule):
 
 
 def install() -> list[library.Library]:
-    """From now on torch has this accelerator, as long as what is returned lives."""
+    """Give torch this accelerator, for as long as the returned objects live."""
     _setup_privateuseone_for_python_backend(NAME, _Backend())
-    torch.__future__.set_swap_module_params_on_conversion(True)  # or what is tied would come apart on its way here
+    torch.__future__.set_swap_module_params_on_conversion(True)  # or tied tensors would be separated when they move
     kernels, autocast = library.Library("aten", "IMPL"), library.Library("_", "IMPL", "AutocastPrivateUse1")
 
     def empty(size: Sequence[int], *, dtype: Any = None, memory_format: Any = None, **_: Any) -> torch.Tensor:
@@ -102,7 +102,7 @@ def install() -> list[library.Library]:
 
 if __name__ == "__main__":
     libraries = install()
-    # accelerate asks for the accelerators it knows by name; what it then says is what trainings ask.
+    # accelerate finds only accelerators that it knows by name, and trainings take the device from it.
     PartialState().device = torch.device(NAME, 0)
     for command in sys.argv[1:]:
         _Tensor.operations = 0

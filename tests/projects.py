@@ -17,7 +17,7 @@ from vlv.tracking import run_record
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 
-# Three stages that cost nothing, written down in the wrong order on purpose. `middle` tells its process ids and
+# Three stages that take no time, in the wrong order on purpose. `middle` writes its process ids and
 # misbehaves as TOY says.
 _GRAPH = """
 stages:
@@ -60,7 +60,7 @@ if mode == "fail":
 
 
 def run(command: list[str], cwd: Path, timeout: float = 900, **env: str) -> subprocess.CompletedProcess[str]:
-    """Run a command of this environment in a project; the output is in the assertion if it is looked at."""
+    """Run a command of this environment in a project; its output is captured."""
     return subprocess.run(
         command, cwd=cwd, env=environment(**env), text=True, capture_output=True, timeout=timeout, check=False
     )

@@ -1,4 +1,4 @@
-"""Real servers for the tests, on free ports with their files in a folder each; and waiting for processes."""
+"""Real servers for the tests, each on a free port with its own folder; and functions that wait for processes."""
 
 import json
 import socket
@@ -64,7 +64,7 @@ def mlflow(home: Path) -> Iterator[str]:
     store = ["--backend-store-uri", f"sqlite:///{home}/mlflow.db", "--artifacts-destination", str(home / "artifacts")]
     command = projects.python("-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1")
     url = f"http://127.0.0.1:{port}"
-    # Without its job runners: seven processes that nothing here has work for.
+    # Without its job runners: seven processes that no test needs.
     with _process([*command, *store], home, MLFLOW_SERVER_ENABLE_JOB_EXECUTION="false"):
         experiments = {"max_results": 1}
         wait(lambda: get(f"{url}/api/2.0/mlflow/experiments/search", experiments) is not None, "the MLflow server")

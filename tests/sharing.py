@@ -1,4 +1,4 @@
-"""What is made once in a session of tests, whichever of the test processes asks first."""
+"""Folders that are made once per test session, by the test process that asks first."""
 
 import os
 import shutil

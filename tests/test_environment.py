@@ -1,4 +1,4 @@
-"""The lock, the Makefile and what runs them say the same."""
+"""The lock, the Makefile and what runs them agree."""
 
 import re
 import tomllib
@@ -19,7 +19,7 @@ def _locked() -> dict[str, tuple[str, list[str]]]:
     """Package -> its version and the hashes of its files."""
     lines = [line for line in _text("requirements.lock").splitlines() if not line.startswith("#")]
     entries = re.findall(r"^(\S+)==(\S+)((?: \\\n    --hash=sha256:[0-9a-f]{64})*)$", "\n".join(lines), re.MULTILINE)
-    assert len(lines) == sum(1 + entry[2].count("--hash") for entry in entries), "a line that is no pin and no hash"
+    assert len(lines) == sum(1 + entry[2].count("--hash") for entry in entries), "a line is neither pin nor hash"
     return {canonicalize_name(name): (version, hashes.split(" \\\n")[1:]) for name, version, hashes in entries}
 
 
@@ -30,12 +30,12 @@ def _project() -> dict[str, list[Requirement]]:
     return {name: [Requirement(one) for one in requirements] for name, requirements in asked.items()}
 
 
-def test_the_lock_pins_every_dependency_with_hashes_but_torch() -> None:
+def test_the_lock_pins_every_dependency_except_torch_with_hashes() -> None:
     locked = _locked()
     assert [name for name, (_, hashes) in locked.items() if not hashes] == []
     asked = [requirement for group in _project().values() for requirement in group]
     missing = [one.name for one in asked if canonicalize_name(one.name) not in locked]
-    assert missing == ["torch"], "its builds are on indexes of one's choice; pyproject.toml pins it"
+    assert missing == ["torch"], "its builds come from different indexes; pyproject.toml pins it"
     wrong = [
         str(one) for one in asked if one.name != "torch" and locked[canonicalize_name(one.name)][0] not in one.specifier
     ]

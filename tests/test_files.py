@@ -1,4 +1,4 @@
-"""Reading and appending: whatever lies in a file, the answer is its content or one line that names it."""
+"""Reading and appending: any file gives its content, or one line that names the file."""
 
 import json
 import logging
@@ -28,7 +28,7 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "content", ["[" * DEEP, '{"a":' * DEEP, "[" * DEEP + "]" * DEEP, "", "{", "1" * 5000, '{"a": 1']
 )
-def test_json_that_is_none_is_refused_by_name(tmp_path: Path, content: str) -> None:
+def test_invalid_json_is_refused_by_name(tmp_path: Path, content: str) -> None:
     path = tmp_path / "value.json"
     path.write_text(content)
     with pytest.raises(FileError, match=r"value\.json.*(valid JSON|too deeply)"):
@@ -36,7 +36,7 @@ def test_json_that_is_none_is_refused_by_name(tmp_path: Path, content: str) -> N
 
 
 @pytest.mark.parametrize("content", ["[]", "null", "1", '"text"'])
-def test_an_object_is_expected(tmp_path: Path, content: str) -> None:
+def test_json_must_be_an_object(tmp_path: Path, content: str) -> None:
     path = tmp_path / "value.json"
     path.write_text(content)
     assert files.read_json(path) == json.loads(content)
@@ -74,7 +74,7 @@ def test_a_configuration_with_a_key_given_twice_is_refused() -> None:
         config.parse(text + "profile: other\n", "tiny.yaml")
 
 
-def test_half_a_last_line_is_cut_before_the_next_is_appended(tmp_path: Path) -> None:
+def test_a_partial_last_line_is_removed_before_the_next_is_appended(tmp_path: Path) -> None:
     path = tmp_path / "lines.jsonl"
     for torn in (b"", b'{"step": 2, "lo', b"\xff", b"x" * 200_000):
         path.write_bytes(b'{"step": 1}\n' + torn)
@@ -86,7 +86,7 @@ def test_half_a_last_line_is_cut_before_the_next_is_appended(tmp_path: Path) -> 
     assert json_lines.read(path) == [{"step": 1}]
 
 
-def test_damaged_lines_are_passed_over_and_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_damaged_lines_are_skipped_with_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     path = tmp_path / "lines.jsonl"
     lines = [
         b'{"step": 1}',
@@ -104,8 +104,8 @@ def test_damaged_lines_are_passed_over_and_said(tmp_path: Path, caplog: pytest.L
     assert "lines.jsonl: 5 damaged lines" in caplog.text
 
 
-def test_half_a_character_comes_back(tmp_path: Path) -> None:
-    """A file name that is no UTF-8 is a str with a lone surrogate; it has to be written, and be read as it was."""
+def test_a_lone_surrogate_is_read_as_it_was_written(tmp_path: Path) -> None:
+    """A file name that is not UTF-8 is a str with a lone surrogate; it must be written, and read unchanged."""
     name = os.fsdecode(b"caf\xe9.jpg")
     json_lines.append(tmp_path / "lines.jsonl", {"image": name})
     files.write_json(tmp_path / "value.json", {name: "é"})
@@ -131,7 +131,7 @@ def test_processes_append_to_the_same_file(tmp_path: Path) -> None:
     assert sorted((row["who"], row["number"]) for row in rows) == [(str(w), n) for w in range(3) for n in range(200)]
 
 
-def test_what_is_set_aside_keeps_its_content_and_is_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_file_set_aside_keeps_its_content_and_is_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     path = tmp_path / "run.json"
     for content in ("first", "second"):
         path.write_text(content)

@@ -52,8 +52,8 @@ def test_retry_policies_are_read_from_dvc_yaml(toy: Path) -> None:
 
 
 @pytest.mark.server
-def test_no_infrastructure_only_what_is_stale(tmp_path: Path, sprites: Path) -> None:
-    """From nothing, with Prefect's temporary server: everything runs, then what a parameter touches."""
+def test_without_infrastructure_only_stale_stages_run(tmp_path: Path, sprites: Path) -> None:
+    """From nothing, with Prefect's temporary server: everything runs, then only what a parameter affects."""
     toy = projects.toy(tmp_path / "toy", sprites)
     first = _flow(toy)
     assert first.returncode == 0, first.stdout + first.stderr
@@ -95,7 +95,7 @@ def test_a_failed_stage_stops_the_run_with_its_last_lines(toy: Path, prefect_ser
 
 
 @pytest.mark.server
-def test_a_training_that_a_signal_ended_is_started_once_more(toy: Path, prefect_server: dict[str, str]) -> None:
+def test_a_training_ended_by_a_signal_is_retried_once(toy: Path, prefect_server: dict[str, str]) -> None:
     text = (toy / "dvc.yaml").read_text()
     (toy / "dvc.yaml").write_text(text.replace("toy.py middle\n", "toy.py middle\n    meta: {flow: {retries: 1}}\n"))
     done = _flow(toy, **prefect_server, TOY="die-once")
@@ -122,7 +122,7 @@ def test_stopping_the_flow_ends_its_children(toy: Path, prefect_server: dict[str
         process.kill()
     assert process.returncode == {signal.SIGINT: 130, signal.SIGTERM: 143}[number], errors
     assert servers.gone(ids)
-    # What DVC's lock file says of the dead does not keep the next run out. It is DVC that runs the stages of a flow.
+    # DVC's lock file still names the dead process, but does not block the next run. DVC runs the stages of a flow.
     again = projects.run(projects.python("-m", "dvc", "repro"), toy)
     assert again.returncode == 0, again.stderr
     assert "Stage 'first' didn't change" in again.stdout and "Running stage 'middle'" in again.stdout, again.stdout
@@ -138,7 +138,7 @@ def test_a_time_limit_ends_the_children(toy: Path, prefect_server: dict[str, str
 
 
 @pytest.mark.server
-def test_a_second_flow_in_the_same_folder_says_who_holds_it(toy: Path, prefect_server: dict[str, str]) -> None:
+def test_a_second_flow_in_the_same_folder_names_the_holder(toy: Path, prefect_server: dict[str, str]) -> None:
     from vlv.io import files
 
     with files.folder_lock(toy / "work", "the flow vlv"):

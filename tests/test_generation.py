@@ -39,7 +39,7 @@ def _smoke(language_model: Path) -> config.Config:
 
 @pytest.fixture(scope="module", params=["ends", "never ends"])
 def language_model(request: pytest.FixtureRequest, paths: Paths, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The tiny language model; or one whose own settings name an end that it was never taught, as the release's."""
+    """The tiny language model; or one whose own settings name an end that it was never taught, like the release's."""
     folder = tmp_path_factory.mktemp("language-model") / "model"
     shutil.copytree(paths.root / _LANGUAGE_MODEL, folder)
     if request.param == "never ends":
@@ -76,7 +76,7 @@ def _pictures(count: int = 2) -> list[images.Pixels]:
 
 
 def _process(caption: str) -> str:
-    """The release's clean-up in words of our own: letter by letter, without regular expressions."""
+    """The release's clean-up, written independently: letter by letter, without regular expressions."""
     if "." in caption and caption[-1] != ".":
         while caption[-1] != ".":
             caption = caption[:-1]
@@ -98,7 +98,7 @@ def _process(caption: str) -> str:
 
 def _written_by_the_release(checkpoint: Path, language_model: Path, context: torch.Tensor) -> list[str]:
     """What the release's generate does after the text encoder, on its own tensors and stock classes."""
-    # The release keeps its checkpoints so; this one was made by the test, and only tensors are read.
+    # The release stores checkpoints like this; the test made this one, and only tensors are read.
     tensors = torch.load(checkpoint, weights_only=True)
     inputs, hidden = tensors["mlp.layers.0.weight"].shape[::-1]
     mlp = nn.Sequential(nn.Linear(inputs, hidden), nn.GELU(), nn.Linear(hidden, len(tensors["mlp.layers.2.bias"])))
@@ -121,7 +121,7 @@ def test_a_converted_release_writes_what_the_release_writes(
 ) -> None:
     captioner = Captioner.load(converted, paths)
     context = captioner.context(captioner.encoder.preprocessing.cut(_pictures()))
-    context *= torch.linspace(0.5, 4, len(context))[:, None, None]  # further apart than random weights tell them
+    context *= torch.linspace(0.5, 4, len(context))[:, None, None]  # further apart than random weights put them
     raw = _written_by_the_release(checkpoint, language_model, context)
     expected = [_process(text) for text in raw]
     assert captioner.write(context) == expected
@@ -141,7 +141,7 @@ def test_the_saved_model_says_how_it_writes(converted: Path, paths: Paths, tmp_p
     assert Captioner.load(converted, paths).generation == release.GENERATION
 
 
-def test_our_own_models_write_greedily_to_their_eos_and_nothing_is_tidied(paths: Paths, tmp_path: Path) -> None:
+def test_our_own_models_write_greedily_to_their_eos_without_clean_up(paths: Paths, tmp_path: Path) -> None:
     settings = profile("smoke")
     assert settings.language_model.generation == Generation(
         beams=1, max_tokens=None, begin="tokenizer", end="tokenizer", clean_up=False
@@ -159,7 +159,7 @@ def test_our_own_models_write_greedily_to_their_eos_and_nothing_is_tidied(paths:
     assert captioner.write(context) == texts
 
 
-def test_vlv_caption_can_be_told_otherwise(
+def test_vlv_caption_can_override_how_a_model_writes(
     converted: Path, paths: Paths, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = tmp_path / "photos"
@@ -185,7 +185,7 @@ def test_vlv_caption_can_be_told_otherwise(
     assert otherwise == expected(beams=2, max_tokens=25, clean_up=False)
 
 
-def test_clean_up_is_the_release_s() -> None:
+def test_clean_up_equals_that_of_the_release() -> None:
     draw = random.Random(5)
     pieces = ["A dog", "A cat. ", "A dog. ", ".", "! ", "? ", "  ", "\n", "e.g. it", "3.5", "A cat.\tA dog.", "Yes!"]
     for _ in range(3000):

@@ -77,7 +77,7 @@ def test_the_converted_model_is_the_same_model(tmp_path: Path) -> None:
     assert (tokenizer.bos_token_id, tokenizer.eos_token_id) == (1, 2)
 
 
-def test_a_file_that_is_no_gguf_is_refused(tmp_path: Path) -> None:
+def test_a_file_that_is_not_gguf_is_refused(tmp_path: Path) -> None:
     (tmp_path / "model.gguf").write_bytes(b"GGUF but no more")
     with pytest.raises(ConversionError, match=r"model\.gguf cannot be read"):
         convert(tmp_path / "model.gguf", tmp_path / "converted")
@@ -85,7 +85,7 @@ def test_a_file_that_is_no_gguf_is_refused(tmp_path: Path) -> None:
 
 
 def _header(pairs: dict[str, int | str], tensors: int = 0, count: int | None = None) -> bytes:
-    """A GGUF header with text and uint32 values, that claims so many tensors and holds none."""
+    """A GGUF header with text and uint32 values that claims so many tensors but holds none."""
 
     def text(value: str) -> bytes:
         return struct.pack("<Q", len(value)) + value.encode()
@@ -129,8 +129,8 @@ def _small() -> LlamaForCausalLM:
         ("llama.attention.head_count_kv", 1 << 16, "describes a model of"),
     ],
 )
-def test_sizes_are_those_of_the_tensors(tmp_path: Path, key: str, value: int, reason: str) -> None:
-    """Changed in a whole file, so that nothing but the size is wrong."""
+def test_sizes_must_match_the_tensors(tmp_path: Path, key: str, value: int, reason: str) -> None:
+    """Changed in a complete file, so that only the size is wrong."""
     _write(_small(), tmp_path / "model.gguf")
     content = (tmp_path / "model.gguf").read_bytes()
     at = content.index(key.encode() + struct.pack("<I", 4)) + len(key) + 4
@@ -149,7 +149,7 @@ def test_a_file_that_is_cut_short_is_refused(tmp_path: Path) -> None:
 
 
 def test_nothing_beside_the_file_is_read(tmp_path: Path) -> None:
-    """A named pipe would be waited for, and code be run or asked about."""
+    """A named pipe would block, and code would be run or asked about."""
     _write(_small(), tmp_path / "model.gguf")
     os.mkfifo(tmp_path / "tokenizer.json")
     os.mkfifo(tmp_path / "tokenizer_config.json")

@@ -1,4 +1,4 @@
-"""Models of the Hugging Face hub, from a server on this machine that speaks its language: what comes, and what not."""
+"""Models of the Hugging Face hub, from a server on this machine that speaks its protocol: which files are fetched."""
 
 from pathlib import Path
 
@@ -53,7 +53,7 @@ def _resolve(tmp_path: Path, address: str, *references: str) -> list[str]:
     return (done.stdout or done.stderr).splitlines()
 
 
-def test_only_what_is_loaded_is_downloaded_and_once(repositories: Path, tmp_path: Path) -> None:
+def test_only_files_that_are_loaded_are_downloaded_and_only_once(repositories: Path, tmp_path: Path) -> None:
     with hub_server.serve(repositories) as (address, served):
         pipeline, model = _resolve(tmp_path, address, "hf:owner/pipeline", "hf:owner/model@main")
         assert sorted(name for name in served if name.endswith((".safetensors", ".bin"))) == [
@@ -84,7 +84,7 @@ print(assets.at_hand(reference, paths))
 """
 
 
-def test_what_describes_a_model_comes_without_its_weights_and_is_then_at_hand(
+def test_the_description_of_a_model_is_fetched_without_its_weights_and_then_found_locally(
     repositories: Path, tmp_path: Path
 ) -> None:
     with hub_server.serve(repositories) as (address, served):

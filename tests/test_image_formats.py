@@ -18,7 +18,7 @@ from vlv.data.shards import DataError
 from vlv.inference import _readable
 from vlv.io import images
 
-# Pillow warns of oddities in what it reads all the same.
+# Pillow warns about oddities in files that it still reads.
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::PIL.Image.DecompressionBombWarning")
 
 _FOREIGN = ("DDS", "BLP", "EPS", "TGA", "PCX", "ICO", "ICNS", "SGI", "PPM", "JPEG2000", "SPIDER", "XBM", "MSP")
@@ -62,7 +62,7 @@ def _samples() -> dict[str, bytes]:
 
 
 def _damaged(data: bytes, rng: random.Random) -> bytes:
-    """Some bytes changed, cut off, doubled or zeroed; most often in the header, where decoders believe most."""
+    """Some bytes changed, cut off, doubled or zeroed; most often in the header, which decoders trust most."""
     changed = bytearray(data)
     for _ in range(rng.choice((1, 1, 2, 5, 20))):
         place = rng.randrange(min(len(changed), rng.choice((16, 64, 512, 1 << 20))))
@@ -94,7 +94,7 @@ def test_every_damage_is_an_image_error() -> None:
         else:
             assert pixels.dtype == np.uint8 and pixels.ndim == 3 and pixels.shape[2] == 3
             causes["none"] += 1
-    # The damage is neither always fatal nor always harmless, and decoders do not fail in one way.
+    # Some damage is fatal, some is harmless, and decoders fail in several ways.
     assert causes["none"] > 300 and len(causes) >= 5, causes
 
 
@@ -145,7 +145,7 @@ def test_no_program_is_started_for_a_postscript_file_named_as_a_photograph(
         path.write_bytes(_EPS)
     monkeypatch.setenv("PATH", f"{programs}{os.pathsep}{os.environ['PATH']}")
     monkeypatch.setattr(EpsImagePlugin, "gs_binary", None)  # Pillow looks for it once
-    # The trap works: what Pillow does when it is asked for any format.
+    # The trap works: Pillow starts the program if any format is allowed.
     with Image.open(found["photo.jpg"]) as image, pytest.raises(OSError):
         image.load()
     assert started.read_text().startswith("gs\n")

@@ -135,7 +135,7 @@ def test_a_damaged_tar_gives_its_samples_before_the_damage(tmp_path: Path) -> No
     assert report.tally.dropped == {"damaged_file": 1, "missing_in_tar": 6, "failed_to_download": 2}
 
 
-def test_metadata_of_a_download_is_kept_but_not_where_it_was_taken(tmp_path: Path) -> None:
+def test_metadata_of_a_download_is_kept_without_the_place_where_it_was_taken(tmp_path: Path) -> None:
     import_images(image_sets.img2dataset_tars(tmp_path / "tars", 4), tmp_path / "data", wanted())
     for _, sample in samples(tmp_path / "data"):
         assert sample.meta["source"].startswith("https://example.org/")
@@ -172,10 +172,10 @@ def test_splits_have_their_shares() -> None:
     assert split.count("test") == pytest.approx(1600, abs=120)
 
 
-# --- captions of one's choice
+# --- choice of captions
 
 
-def test_one_of_several_captions_by_a_named_rule(tmp_path: Path) -> None:
+def test_a_named_rule_chooses_one_of_several_captions(tmp_path: Path) -> None:
     source = image_sets.coco(tmp_path / "coco", 12)
     chosen: dict[Any, dict[str, str | None]] = {}
     for rule, seed in (("seeded", 0), ("seeded", 1), ("longest", 0), ("first", 0)):
@@ -215,7 +215,7 @@ def test_captions_of_a_table_have_priority_over_those_of_the_source(tmp_path: Pa
     texts = {caption for _, caption in contents(tmp_path / "data").values()}
     assert texts == {f"Better {i}." for i in range(3)} | {image_sets.caption(i) for i in range(3, 6)}
     (tmp_path / "captions.parquet").write_bytes(b"nothing")
-    with pytest.raises(DataError, match=r"captions\.parquet is no table of captions"):
+    with pytest.raises(DataError, match=r"captions\.parquet is not a table of captions"):
         import_images(source, tmp_path / "data", wanted(captions=tmp_path / "captions.parquet"))
 
 
@@ -346,7 +346,7 @@ def test_memory_does_not_grow_with_the_number_of_samples(tmp_path: Path) -> None
     assert growth < 12e6, f"peak memory {peaks[0] / 1e6:.0f} MB with 80 samples, {peaks[1] / 1e6:.0f} MB with 320"
 
 
-def test_an_import_is_what_materialise_accepts(tmp_path: Path) -> None:
+def test_materialise_accepts_an_import(tmp_path: Path) -> None:
     source = image_sets.folder(tmp_path / "photographs", 30)
     manifest = import_images(source, tmp_path / "data", wanted(description="mine")).manifest
     data = tiny().data.model_copy(update={"source": config.ImportedSource(kind="imported", description="mine")})

@@ -33,7 +33,7 @@ def test_a_folder_with_an_unread_list_stops_the_import(name: str, tmp_path: Path
     image_sets.pictures(source, range(4))
     (source / "README.txt").write_text("Photographs.")
     (source / "LICENSE.txt").write_text("Free.")
-    import_images(source, tmp_path / "data", wanted())  # what tells about the folder is no list
+    import_images(source, tmp_path / "data", wanted())  # files about the folder are not lists
     (source / name).parent.mkdir(exist_ok=True)
     (source / name).write_text("file,caption\n")
     before = contents(tmp_path / "data")
@@ -165,7 +165,7 @@ def test_columns_can_be_named_and_are_listed(tmp_path: Path) -> None:
     assert import_images(source, tmp_path / "data", wanted(reading=reading)).counts()["with_caption"] == 0
 
 
-def test_answers_to_several_questions_are_no_caption(tmp_path: Path) -> None:
+def test_answers_to_several_questions_are_not_a_caption(tmp_path: Path) -> None:
     source = image_sets.llava_file(tmp_path / "llava", 3)
     value = json.loads(source.read_text())
     value[0]["conversations"] *= 2
@@ -227,7 +227,7 @@ def test_faults_in_two_tables_of_the_same_name_are_counted_twice(tmp_path: Path)
         ("[" * 100_000, "cannot be"),
     ],
 )
-def test_a_file_that_is_no_list_is_named(text: str, message: str, tmp_path: Path) -> None:
+def test_a_file_that_is_not_a_list_is_named(text: str, message: str, tmp_path: Path) -> None:
     (tmp_path / "list.json").write_text(text)
     with pytest.raises(DataError, match=rf"list\.json {message}"):
         import_images(tmp_path / "list.json", tmp_path / "data", wanted())

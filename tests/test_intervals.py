@@ -1,4 +1,4 @@
-"""Intervals of differences to the shuffled baseline are as wide as they should be, and seldom wrong."""
+"""Intervals of differences to the shuffled baseline are as wide as they should be, and rarely wrong."""
 
 import numpy as np
 import pytest
@@ -11,7 +11,7 @@ from vlv.tiny.counting import terms
 
 def test_the_interval_is_that_of_an_independent_paired_bootstrap() -> None:
     rng = np.random.default_rng(1)
-    image = rng.normal(size=80)  # what both share: pairing takes it out
+    image = rng.normal(size=80)  # what both share; pairing removes it
     ours, control = image + rng.normal(0.3, 0.5, 80), image + rng.normal(0.0, 0.5, 80)
     found = intervals.difference(intervals.means(ours), intervals.means(control))
     theirs = stats.bootstrap(
@@ -24,8 +24,8 @@ def test_the_interval_is_that_of_an_independent_paired_bootstrap() -> None:
     assert found.better and found == intervals.difference(intervals.means(ours), intervals.means(control))
 
 
-def test_chance_is_seldom_called_better() -> None:
-    """Shares of rare hits, as a captioner that has learned nothing has them: at most about 2.5 % beyond that end."""
+def test_chance_is_rarely_called_better() -> None:
+    """Shares of rare hits, like those of a captioner that learned nothing: at most about 2.5 % are called better."""
     rng = np.random.default_rng(3)
     called = 0
     for _ in range(300):
@@ -57,7 +57,7 @@ def test_figures_are_ratios_of_sums_over_the_drawn_samples() -> None:
     assert intervals.figure(nothing) == 0.0 and not intervals.difference(nothing, nothing).better
 
 
-def test_few_samples_tell_nothing() -> None:
+def test_too_few_samples_give_no_interval() -> None:
     few = intervals.difference(intervals.means(np.ones(5)), intervals.means(np.zeros(5)))
     assert (few.difference, few.low, few.high, few.better) == (1.0, None, None, False)
     assert intervals.difference(intervals.means(np.ones(6)), intervals.means(np.zeros(6))).better
@@ -73,7 +73,7 @@ def test_more_samples_than_are_drawn_at_once() -> None:
     assert found.high - found.low == pytest.approx(2 * 1.96 * values.std() / 9000**0.5, rel=0.06)
 
 
-def test_what_is_not_better_is_named_with_its_figures() -> None:
+def test_figures_that_are_not_better_are_named() -> None:
     tie, ahead = ({"difference": d, "low": d - 0.01, "high": d + 0.01, "better": d > 0.01} for d in (0.0, 0.5))
     measured = {
         "profile": "photos",

@@ -73,7 +73,7 @@ launch.run({command!r}, pathlib.Path({str(LAUNCH / "cpu-ddp.yaml")!r}), pathlib.
 
 
 @pytest.mark.slow
-def test_a_process_that_never_comes_ends_the_wait_with_an_error() -> None:
+def test_a_missing_process_ends_the_wait_with_an_error() -> None:
     program = "from vlv.training import distributed; distributed.join(0.05)"
     alone_of_two = {
         "RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1",

@@ -1,4 +1,4 @@
-"""A stranger finds the way in the tree: each file name occurs once, and files and functions are short."""
+"""A newcomer can find things in the tree: each file name occurs once, and files and functions are short."""
 
 import ast
 import re
@@ -27,7 +27,7 @@ def test_each_file_name_occurs_once() -> None:
     assert [name for name, count in counts.items() if count > 1] == []
 
 
-def test_files_are_short_enough_to_be_read_at_once() -> None:
+def test_files_are_short() -> None:
     lines = {path: len(path.read_text(encoding="utf-8").splitlines()) for path in _sources()}
     assert {str(path): count for path, count in lines.items() if count > _MOST_LINES} == {}
 
@@ -41,7 +41,7 @@ def _functions(path: Path) -> Iterator[tuple[str, int]]:
             yield node.name, node.end_lineno - first.lineno + 1
 
 
-def test_functions_are_short_but_for_the_training_loop() -> None:
+def test_functions_are_short_except_the_training_loop() -> None:
     long = [
         f"{path}: {name} has {lines} lines"
         for path in _sources()

@@ -1,4 +1,4 @@
-"""A captioner that learned nothing of one's own photographs is named as such, and no profile's name promotes it."""
+"""A captioner that learned nothing from your photographs is reported, and no profile name promotes it."""
 
 import base64
 import dataclasses
@@ -188,7 +188,7 @@ def test_no_profile_name_promotes_it(project: Paths, register: Register) -> None
 
 
 def _learned(sentence_model: Path) -> dict[str, Any]:
-    """What evaluation writes of a model that reads and draws its images well, without a known truth."""
+    """The evaluation of a model that reads and draws its images well, without a known truth."""
     rng = np.random.default_rng(0)
     true = [rng.integers(0, 256, (8, 8, 3), np.uint8) for _ in range(12)]
     drawn = [np.clip(one + rng.normal(0, 9, one.shape), 0, 255).astype(np.uint8) for one in true]

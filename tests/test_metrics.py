@@ -1,4 +1,4 @@
-"""The table of metrics: one row is enough for a new metric to be measured, shown, listed and held to a limit."""
+"""The table of metrics: one row is enough for a new metric to be measured, shown, listed and limited."""
 
 import json
 import re
@@ -82,7 +82,7 @@ def test_one_row_is_enough_for_a_new_metric(tmp_path: Path, monkeypatch: pytest.
     assert worse.startswith("reconstruction.mean_error is 5, but must be at most 4;")
 
 
-def test_a_figure_of_no_row_is_refused_in_the_policy(tmp_path: Path) -> None:
+def test_the_policy_refuses_a_figure_that_is_in_no_row(tmp_path: Path) -> None:
     (tmp_path / "mlflow").mkdir()
     for text, wrong in (
         ("thresholds: {scenes.nothing_wrong: {min: 0.9}}", "no figure scenes.nothing_wrong"),
@@ -105,7 +105,7 @@ def test_each_committed_figure_belongs_to_a_row() -> None:
     assert len(keys) == len(set(keys)) and {row.part for row in metrics.METRICS} == set(metrics.PARTS)
 
 
-def test_what_was_not_measured_is_left_out() -> None:
+def test_figures_that_were_not_measured_are_left_out() -> None:
     assert metrics.measure("reconstruction", Compared(4)) == {"n": 4}
     assert metrics.terms("captions", Compared(4)) == {}
     two = [np.zeros((2, 2, 3), np.uint8)] * 2
@@ -113,7 +113,7 @@ def test_what_was_not_measured_is_left_out() -> None:
     assert found == {"n": 2, "psnr": 100.0}  # no FID without features
 
 
-def test_the_configuration_names_who_counts_and_old_keys_are_refused_with_the_new_name() -> None:
+def test_the_configuration_names_the_counting_module_and_old_keys_are_refused_with_the_new_name() -> None:
     text = (ROOT / "configs" / "tiny.yaml").read_text(encoding="utf-8")
     for old, new, told in (
         ("untrained_baseline", "untrained_floor", "evaluate.untrained_floor is now evaluate.untrained_baseline"),

@@ -73,7 +73,7 @@ def test_sd35_takes_its_full_size(paths: Paths, t5: bool) -> None:
     assert model.decoder.conditioner.width == (2048 + 4096 if t5 else 2048)
 
 
-def test_the_readme_s_run_differs_from_the_paper_s_in_its_size_only() -> None:
+def test_the_run_of_the_readme_differs_from_that_of_the_paper_only_in_size() -> None:
     paper, readme = (profile(name).model_dump(by_alias=True) for name in ("paper", "paper-readme"))
     for value in (paper, readme):
         del value["profile"]

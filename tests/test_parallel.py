@@ -1,4 +1,4 @@
-"""Two processes (gloo) and one have the same samples, random numbers and losses; each resumes what the other began."""
+"""Two processes (gloo) and one have the same samples, random numbers and losses; each resumes the other's."""
 
 import json
 import subprocess
@@ -84,25 +84,25 @@ def _continue(stopped: Path, folder: Path) -> None:
 
 
 @pytest.mark.parametrize("stage", ["stage1", "stage2"])
-def test_ddp_is_one_process(ddp: Path, alone: Path, stage: str) -> None:
+def test_ddp_equals_one_process(ddp: Path, alone: Path, stage: str) -> None:
     """With two micro-batches as well. Captions differ in length, so a mean of means would not be the mean."""
     _same(ddp / stage, alone / stage)
 
 
 def test_counting_operations_changes_no_bit(alone: Path, data: Path, tmp_path: Path) -> None:
-    """A training that was killed before its first checkpoint begins anew, but does not count again."""
+    """A training that was killed before its first checkpoint starts again, but does not count again."""
     counted = files.read_json(alone / "stage2" / "ledger.json")["flops_per_step"]
     files.write_json(tmp_path / "ledger.json", {"flops_per_step": counted})
     train("stage2", data, tmp_path)
     assert files.read_json(tmp_path / "trained.json") == files.read_json(alone / "stage2" / "trained.json")
 
 
-def test_more_processes_resume_what_one_began(ddp: Path, alone: Path) -> None:
+def test_two_processes_resume_a_training_of_one(ddp: Path, alone: Path) -> None:
     assert not (alone / "stopped" / "trained.json").exists()
     _same(ddp / "from_one", alone / "stage1")
 
 
-def test_one_process_resumes_what_more_began(ddp: Path, alone: Path, data: Path, tmp_path: Path) -> None:
+def test_one_process_resumes_a_training_of_two(ddp: Path, alone: Path, data: Path, tmp_path: Path) -> None:
     """One of the two was asked to stop. Both saved and left at the end of that step."""
     assert max(_samples(ddp / "stopped")) == 3
     _continue(ddp / "stopped", tmp_path / "from_two")

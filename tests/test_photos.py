@@ -24,7 +24,7 @@ def _vlv(*arguments: str) -> int:
 
 
 def _promised() -> list[str]:
-    """All that dvc.yaml says the stages leave."""
+    """All outputs of the stages in dvc.yaml."""
     graph = yaml.safe_load((ROOT / "dvc.yaml").read_text(encoding="utf-8"))
     kinds = [stage.get(kind, []) for stage in graph["stages"].values() for kind in ("outs", "metrics", "plots")]
     return [next(iter(entry)) if isinstance(entry, dict) else entry for entries in kinds for entry in entries]

@@ -1,4 +1,4 @@
-"""The plan: FLOPs beside known figures and real steps, memory beside real allocations, and the arithmetic."""
+"""The plan: FLOPs against known figures and real steps, memory against real allocations, and the arithmetic."""
 
 import json
 from pathlib import Path
@@ -60,7 +60,7 @@ def test_flops_of_the_released_recipe_that_are_known_as_sums(release: dict[str, 
     assert text / 1e9 == pytest.approx(TEXT_ENCODER, rel=0.02)
 
 
-def test_flops_of_the_released_recipe_in_all(release: dict[str, Part]) -> None:
+def test_flops_of_the_released_recipe_in_total(release: dict[str, Part]) -> None:
     flops = sum(part.flops for part in release.values())
     assert flops / 1e9 == pytest.approx(RELEASE, rel=0.02)
     unet = release["denoiser"]
@@ -74,13 +74,13 @@ def test_flops_of_the_released_recipe_in_all(release: dict[str, Part]) -> None:
 @pytest.fixture(scope="module")
 def smoke() -> config.Config:
     value = profile("smoke")
-    # In float32, because a CPU's autocast follows other rules than the replaced one of a GPU.
+    # In float32, because a CPU's autocast follows other rules than a GPU's, which the plan imitates.
     stage1 = value.stage1.model_copy(update={"cache_latents": False, "cache_features": False})
     return value.model_copy(update={"stage1": stage1})
 
 
 def _real_flops(model: torch.nn.Module, batch: object) -> int:
-    # torch's counter does not know a CPU's flash kernel; of plain products it sees all.
+    # torch's counter does not know a CPU's flash kernel, but counts all plain products.
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as real:
         model(batch, torch.Generator().manual_seed(0)).backward()
     return real.get_total_flops()

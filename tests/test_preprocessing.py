@@ -1,4 +1,4 @@
-"""One picture on all ways to the vision tower: training, caption, reconstruct, serving, a converted release."""
+"""One picture on all paths to the vision tower: training, caption, reconstruct, serving, a converted release."""
 
 import base64
 import io
@@ -115,11 +115,11 @@ def test_a_picture_reaches_the_vision_tower_as_in_training(
         _serve(AutoencoderModel(), autoencoder, photo, steps=1, guidance=1.0)
     assert len(seen) == 4
     for number, pixels in enumerate(seen):
-        assert torch.equal(pixels, training[0]), f"way {number} shows the tower another picture"
+        assert torch.equal(pixels, training[0]), f"way {number} shows the tower a different picture"
 
 
 def _as_the_release(photo: Path, square: int, tower: int) -> np.ndarray[Any, Any]:
-    """The release's chain in its own words: PIL bilinear by the shorter side, centre cut; PIL bicubic to the tower."""
+    """The release's chain, written out: PIL bilinear by the shorter side, centre cut; PIL bicubic to the tower."""
     image = Image.open(photo).convert("RGB")
     width, height = image.size
     short = min(width, height)
@@ -141,7 +141,7 @@ def test_a_converted_release_sees_what_the_release_sees(photo: Path, square: int
     # Pillow rounds between its two passes, torch does not: they differ by one grey level here and there.
     assert off.max() <= 1 and off.mean() < 0.3
     straight = images.to_arrays(images.to_batch([images.resize_crop(pixels, tower)]))[0].astype(int)
-    assert np.abs(straight - ours).mean() > 3, "the way that skips the square is another one"
+    assert np.abs(straight - ours).mean() > 3, "the path that skips the square differs"
 
 
 @pytest.mark.parametrize("size", [(100, 70), (70, 100), (97, 64), (64, 97), (64, 64), (31, 33), (129, 500)])
@@ -175,7 +175,7 @@ def test_data_cut_in_another_way_is_refused(photo: Path, paths: Paths, tmp_path:
         sources.materialise(other, paths, tmp_path / "data")
 
 
-def test_a_manifest_of_before_is_bicubic_and_keeps_its_bytes(photo: Path, paths: Paths, tmp_path: Path) -> None:
+def test_an_old_manifest_means_bicubic_and_keeps_its_bytes(photo: Path, paths: Paths, tmp_path: Path) -> None:
     from vlv.data import shards, sources
 
     _trained_on(photo, _settings(), tmp_path / "data")
@@ -183,7 +183,7 @@ def test_a_manifest_of_before_is_bicubic_and_keeps_its_bytes(photo: Path, paths:
     assert "resize" not in sources.describe(profile("tiny").data)
 
 
-def test_a_phone_s_turned_picture_is_upright_on_every_way(photo: Path) -> None:
+def test_a_rotated_picture_of_a_phone_is_upright_on_every_path(photo: Path) -> None:
     turned = Image.Exif()
     turned[0x0112] = 6
     buffer = io.BytesIO()

@@ -43,7 +43,7 @@ def test_both_trainings_fit(name: str, paths: Paths) -> None:
         assert forecast.fits, report.fits(forecast)
 
 
-def test_counting_for_the_knobs_changes_nothing_else(paths: Paths) -> None:
+def test_counting_other_settings_changes_nothing_else(paths: Paths) -> None:
     smoke = profile("smoke")
     for stage in STAGES:
         alone, whole = (count.stage(smoke, paths, stage, "gpu", 4, knobs=knobs) for knobs in (False, True))

@@ -151,7 +151,7 @@ def test_promotions_and_rollbacks_are_remembered(project: Paths, register: Regis
     assert all("@" in one.who and one.when.endswith("+00:00") for one in entries)
 
 
-def test_a_worse_model_is_refused_with_all_that_is_wrong(project: Paths, register: Register) -> None:
+def test_a_worse_model_is_refused_with_all_reasons(project: Paths, register: Register) -> None:
     name = "worse"
     register(name, exact=0.95, fid=20.0)
     registry.promote(project, name)
@@ -249,7 +249,7 @@ def test_lineage_counts_code_and_configuration_only(tmp_path: Path) -> None:
     assert registry.lineage(paths)["git_dirty"] == "true"
 
 
-def test_the_shipped_policy_holds_the_tiny_profile_to_the_figures() -> None:
+def test_the_shipped_policy_sets_limits_for_the_tiny_profile() -> None:
     paths = Paths(ROOT)
     for profile in config.profiles(paths):
         registry.load_policy(paths, profile)

@@ -1,4 +1,4 @@
-"""Code in a model's folder is never run and never asked about, even where somebody stands ready to type "y"."""
+"""Code in a model's folder is never run and never asked about, even if somebody would type "y"."""
 
 import json
 import shutil
@@ -15,7 +15,7 @@ _AUTO = {
     "AutoTokenizer": ["code.Words", "code.Words"],
 }  # fmt: skip
 
-# Builds each part from each folder, and tells what came of it. One process: the imports take seconds.
+# Builds each part from each folder, and prints each outcome. One process: the imports take seconds.
 _PROGRAM = """
 import json, sys
 from pathlib import Path

@@ -79,7 +79,7 @@ def test_embeddings_of_words_give_the_stock_pipeline_s_context_and_pooled_vector
                 assert torch.equal(model._joint(stock), states), "zeros beside CLIP's states and in T5's place"
 
 
-def test_t5_takes_part_where_it_is_asked_for() -> None:
+def test_t5_takes_part_on_request() -> None:
     model = small_models.sd3(t5=True)
     with torch.no_grad():
         states, _, _, _ = _pipeline(model).encode_prompt(PROMPTS[0], None, None, device="cpu")
@@ -286,7 +286,7 @@ def test_a_folder_in_diffusers_form_is_loaded_and_serves_both_stages(kind: str, 
     assert context.shape == (2, smoke.encoder.queries, 40)
 
 
-def test_what_does_not_belong_together_is_refused_before_work_starts(paths: Paths, tmp_path: Path) -> None:
+def test_parts_that_do_not_fit_together_are_refused_before_work_starts(paths: Paths, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="takes a context of width 32, but the text side gives 40"):
         small_models.sdxl(context=32)
     sd = small_models.decoder()

@@ -118,7 +118,7 @@ def test_frozen_matrices_in_bf16_compute_what_autocast_would(paths: Paths) -> No
     assert ours == theirs
 
 
-# -- batches of like length -----------------------------------------------------------------------------
+# -- batches of similar length --------------------------------------------------------------------------
 
 
 def _loader(data: Path, words: int | None, **options: int) -> ShardLoader:
@@ -144,7 +144,7 @@ def test_grouped_batches_hold_the_same_samples_and_less_padding(scene_data: Path
     assert grouped[0] < 0.5 * shuffled[0]
 
 
-def test_grouped_order_is_a_function_of_the_step_and_of_no_division(scene_data: Path) -> None:
+def test_grouped_order_is_a_function_of_the_step_whatever_the_division(scene_data: Path) -> None:
     whole = _loader(scene_data, 3).batches()
     steps = [next(whole).keys for _ in range(8)]
     later = _loader(scene_data, 3).batches(5)

@@ -45,7 +45,7 @@ def test_a_stage_saves_and_ends_when_dvc_is_killed(tmp_path: Path, number: signa
     assert (project / "saved").exists()
 
 
-def test_a_stage_that_dvc_did_not_start_goes_on_without_its_parent(tmp_path: Path) -> None:
+def test_a_stage_that_dvc_did_not_start_continues_without_its_parent(tmp_path: Path) -> None:
     """`vlv run stage1 &` in a terminal that is closed, or under nohup."""
     (tmp_path / "sleeper.py").write_text(_SLEEPER)
     env = projects.environment(PYTHONPATH=str(projects.REPOSITORY))

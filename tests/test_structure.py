@@ -12,7 +12,7 @@ from vlv.cli import main as cli
 
 ROOT = Path(__file__).resolve().parents[1]
 
-# Each level imports from lower ones only. Parts of one level do not know each other, except at the bottom.
+# Each level imports from lower ones only. Parts of one level do not import each other, except at the bottom.
 _BOTTOM = 0
 _LEVELS = {
     3: {"api", "cli", "__main__"},
@@ -36,7 +36,7 @@ def _tree(path: Path) -> ast.Module:
 
 
 def _imports(node: ast.AST) -> Iterator[str]:
-    """Dotted names that are imported below `node`, wherever; for types only (TYPE_CHECKING) left out."""
+    """Dotted names that are imported anywhere below `node`, except for types only (TYPE_CHECKING)."""
     for child in ast.iter_child_nodes(node):
         if isinstance(child, ast.If) and "TYPE_CHECKING" in ast.dump(child.test):
             continue

@@ -93,7 +93,7 @@ def test_everything_arrives_nested(project: Paths, tmp_path: Path, monkeypatch: 
     assert list(store.outbox(project).iterdir()) == []
 
 
-def test_an_entry_that_mlflow_refuses_holds_up_nothing(project: Paths) -> None:
+def test_an_entry_that_mlflow_refuses_does_not_block_the_others(project: Paths) -> None:
     with tracking.start_run(project, "refused", **FAST) as one:
         one.log_metrics({"a//b": 1.0}, 1)  # not a name that MLflow takes
         one.log_metrics({"fine": 1.0}, 1)
@@ -104,7 +104,7 @@ def test_an_entry_that_mlflow_refuses_holds_up_nothing(project: Paths) -> None:
     assert tracking.undelivered(project) == []
 
 
-def test_a_failed_stage_is_failed(project: Paths) -> None:
+def test_the_run_of_a_failed_stage_is_failed(project: Paths) -> None:
     with pytest.raises(ZeroDivisionError), tracking.start_run(project, "failed", **FAST):
         _ = 1 / 0
     assert [one.info.status for one in find(project, "failed")] == ["FAILED"]
@@ -130,7 +130,7 @@ def _training(project: Paths, name: str) -> Path:
     return project.work / name / "training-0123456789ab"
 
 
-def test_a_killed_trainer_goes_on_with_its_run(project: Paths) -> None:
+def test_a_killed_trainer_continues_its_run(project: Paths) -> None:
     training = _training(project, "killed")
     child = subprocess.run([sys.executable, "-c", KILLED_TRAINER, str(project.root), str(training)])
     assert child.returncode == -signal.SIGKILL
@@ -142,7 +142,7 @@ def test_a_killed_trainer_goes_on_with_its_run(project: Paths) -> None:
     assert [one.info.status for one in find(project, "killed")] == ["KILLED"]
     with tracking.start_run(project, "killed", folder=training, **FAST) as resumed:
         resumed.log_params({"rate": 1})
-        for step in range(25, 40):  # the steps since the last checkpoint are gone through again
+        for step in range(25, 40):  # the steps since the last checkpoint are run again
             resumed.log_metrics({"loss": step / 2}, step)
         assert resumed.curve(["loss"]) == {step: {"loss": step / 2} for step in range(40)}
     (found,) = find(project, "killed")
@@ -181,10 +181,10 @@ def test_what_a_finished_training_could_not_deliver_outlives_its_folder(
 
 
 @pytest.mark.parametrize("notes", [0, 1])
-def test_a_replay_that_is_killed_leaves_nothing_out_and_nothing_twice(
+def test_a_killed_replay_loses_nothing_and_repeats_nothing(
     project: Paths, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, notes: int
 ) -> None:
-    """MLflow was told, but the kill came before the note of it: after the run was made, after all of its entries."""
+    """MLflow has it, but the kill came before this was noted: after the run was made, after all of its entries."""
     (tmp_path / "grid.png").write_bytes(b"picture")
     folder = left_behind(project, f"cut {notes}", points=5, attached=tmp_path / "grid.png")
     told, left = RunRecord.told, iter(range(notes))
@@ -208,7 +208,7 @@ def test_a_replay_that_is_killed_leaves_nothing_out_and_nothing_twice(
 
 
 def left_behind(paths: Paths, name: str, points: int, attached: Path | None = None) -> Path:
-    """The record of a run whose process is gone; MLflow was told nothing of it."""
+    """The record of a run whose process is gone; MLflow knows nothing of it."""
     uri = tracking.prepare(paths)
     begin = Begin(uri, "vlv", store.artifact_root(paths, uri), name, 1_700_000_000_000)
     record = RunRecord.create(store.outbox(paths), begin)
@@ -265,7 +265,7 @@ def test_a_run_that_is_gone_from_the_server_is_made_again(project: Paths) -> Non
     assert curve(project, found.info.run_id, "loss") == [(0, 0.0), (1, 1.0), (2, 2.0)]
 
 
-def test_a_run_that_goes_on_with_another_server_is_told_there_whole(
+def test_a_run_that_continues_on_another_server_is_delivered_there_in_full(
     project: Paths, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     training = _training(project, "moved")
@@ -280,7 +280,7 @@ def test_a_run_that_goes_on_with_another_server_is_told_there_whole(
     assert curve(project, moved.info.run_id, "loss") == [(1, 1.0), (2, 2.0)]
 
 
-def test_half_a_line_does_not_spoil_the_next(tmp_path: Path) -> None:
+def test_a_partial_line_does_not_spoil_the_next(tmp_path: Path) -> None:
     record = RunRecord.create(tmp_path, Begin("sqlite:///x", "vlv", None, "one", 0))
     record.append("tags", values={"a": "1"})
     with (record.folder / NAME).open("a") as file:

@@ -128,7 +128,7 @@ def test_a_step_that_does_not_fit_says_what_helps(tmp_path: Path) -> None:
     assert "gradient_checkpointing: true" in str(caught.value) and "frozen_precision" not in str(caught.value)
 
 
-def test_a_group_that_fits_no_parameter_is_refused() -> None:
+def test_a_group_that_matches_no_parameter_is_refused() -> None:
     settings = SETTINGS.optimizer.model_copy(update={"group_rates": {"haed": 1.0}})
     with pytest.raises(ValueError, match="haed"):
         optim.build(optim.trainable(_Regression()), settings)

@@ -52,7 +52,7 @@ def _in_the_repository(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("VLV_ROOT", str(ROOT))
 
 
-def test_names_round_trip_and_failures_are_told(
+def test_names_round_trip_and_failures_are_reported(
     models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     photos, output = _photos(tmp_path / "photos", 3), tmp_path / "captions.json"
@@ -77,7 +77,7 @@ def test_names_round_trip_and_failures_are_told(
         b"\xff.png": "not a readable image (none of JPEG, PNG, WEBP, BMP, GIF, TIFF, AVIF)",
     }
 
-    # The same command tries only what failed; what it has is kept, except for an image that is another one now.
+    # The same command tries only failed images again; it keeps its captions, except for an image that has changed.
     (photos / os.fsdecode(b"\xff.png")).write_bytes(image_sets.photo(9))
     shutil.rmtree(photos / "folder.jpg")
     partial = tmp_path / "captions.json.partial"
@@ -103,7 +103,7 @@ def test_captions_of_another_model_are_not_mixed(models: Path, tmp_path: Path) -
     assert before[0] != after[0] and len(before) == len(after) == 4
 
 
-def test_where_not_one_image_can_be_read_the_output_stays(models: Path, tmp_path: Path) -> None:
+def test_the_output_stays_if_no_image_can_be_read(models: Path, tmp_path: Path) -> None:
     photos, output = tmp_path / "photos", tmp_path / "captions.json"
     photos.mkdir()
     for number in range(80):
@@ -115,7 +115,7 @@ def test_where_not_one_image_can_be_read_the_output_stays(models: Path, tmp_path
     assert len(failures) == 80 and not (tmp_path / "captions.json.partial").exists()
 
 
-def test_a_killed_run_goes_on_after_a_torn_line(models: Path, tmp_path: Path) -> None:
+def test_a_killed_run_continues_after_a_torn_line(models: Path, tmp_path: Path) -> None:
     photos = _photos(tmp_path / "photos", 8)
     (photos / _ODD).write_bytes(image_sets.photo(77))
     broken, output, partial = photos / "broken.jpg", tmp_path / "captions.json", tmp_path / "captions.json.partial"

@@ -79,11 +79,11 @@ def test_letters_that_vanish_are_a_lost_word() -> None:
     assert Vocabulary(silent()).unknown("bad cab xyz calm backs 9 faded") == ["xyz", "backs", "9"]
 
 
-def test_case_accents_and_pieces_are_no_loss() -> None:
+def test_case_accents_and_pieces_are_not_a_loss() -> None:
     assert Vocabulary(uncased()).unknown("Café playing. plays") == ["plays"]
 
 
-def test_no_captions_are_no_loss() -> None:
+def test_no_captions_are_not_a_loss() -> None:
     assert coverage(shipped(), []).holds(1.0)
 
 

@@ -1,4 +1,4 @@
-"""The copy for Weights & Biases: the curve arrives, and nothing that is wrong with it holds up a training."""
+"""The copy for Weights & Biases: the curve arrives, and no fault of the copy delays a training."""
 
 import logging
 import socket
@@ -56,7 +56,7 @@ def test_the_curve_is_there_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     with wandb_copy(settings, paths, "stage1", "stage1-abc", {"stage1": {"steps": 30}}) as copy:
         for step in (10, 20, 30):
             copy(step, {"loss": 1 / step})
-    # wandb's own process writes the file, and may still be at it.
+    # wandb's own process writes the file, and may not have finished.
     servers.wait(lambda: len(_curve(paths.work / "wandb", "loss")) == 3, "the curve's file")
     assert _curve(paths.work / "wandb", "loss") == [(10, 1 / 10), (20, 1 / 20), (30, 1 / 30)]
 
@@ -68,7 +68,7 @@ def test_without_a_project_nothing_is_written(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_dead_service_holds_nothing_up(
+def test_a_dead_service_delays_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     with socket.socket() as taken:  # listens, and never answers

@@ -48,7 +48,7 @@ def _profile(path: Path, raw: dict[str, object], name: str) -> None:
 
 
 def _import(paths: Paths, capsys: pytest.CaptureFixture[str]) -> str:
-    """What `vlv data import` says beside what it did."""
+    """What `vlv data import` says besides what it did."""
     with pytest.raises(SystemExit) as ended:
         cli.app(["data", "import", str(paths.root / "own"), "--validation", "0.1", "--test", "0.3"], prog_name="vlv")
     assert not ended.value.code

@@ -4,8 +4,8 @@
 #   sbatch --nodes 2 configs/cluster/slurm.sh stage1 configs/cluster/ddp-2x8.yaml
 #
 # Submit it from the project folder, which all machines must share. One task a machine; accelerate starts one
-# process for each of its GPUs. Before the time limit Slurm sends SIGUSR1, at which the training saves and leaves
-# (after a SIGTERM the launcher would leave it only 30 seconds). Submit it again to resume. Afterwards `dvc commit stage1`
+# process for each of its GPUs. Before the time limit Slurm sends SIGUSR1, on which the training saves and exits
+# (after a SIGTERM the launcher would give it only 30 seconds). Submit it again to resume. Afterwards `dvc commit stage1`
 # tells DVC that the stage was run.
 #SBATCH --job-name=vlv
 #SBATCH --nodes=2

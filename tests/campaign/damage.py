@@ -42,7 +42,7 @@ def run(whole: Path, project: Path, draw: random.Random, rounds: int) -> Iterato
 
 
 def run_training(whole: Path, project: Path, draw: random.Random, rounds: int) -> Iterator[Tally]:
-    """The same for what an unfinished Stage 1 left: where it goes on, it ends in the weights of `whole`."""
+    """The same for the files of an unfinished Stage 1: if it continues, it ends with the weights of `whole`."""
     wanted = files.sha256_file(whole / "work" / "stage1" / "model" / "model.safetensors")
     unfinished = stopped(whole, project)
     for name, patterns, command in (
@@ -81,7 +81,7 @@ def run_signals(whole: Path, project: Path, draw: random.Random, rounds: int) ->
 
 
 def _interrupt(command: Sequence[str], number: signal.Signals, after: float, project: Path) -> str | None:
-    """Start it, and send the signal; what is wrong with how it ended."""
+    """Start it and send the signal; returns what is wrong with how it ended."""
     env = projects.environment(VLV_ROOT=str(project))
     process = subprocess.Popen(
         projects.python("-m", *command), cwd=project, env=env, start_new_session=True,
@@ -121,7 +121,7 @@ def _other_weights(project: Path, wanted: str) -> str | None:
     path = project / "work" / "stage1" / "model" / "model.safetensors"
     if not path.exists():
         return "there is no model"
-    return None if files.sha256_file(path) == wanted else "it ended in other weights"
+    return None if files.sha256_file(path) == wanted else "it ended with other weights"
 
 
 def _drawn(whole: Path, patterns: list[str], draw: random.Random, rounds: int) -> Iterator[tuple[Path, str]]:

@@ -1,4 +1,4 @@
-"""Inputs that were made to do harm, through every command that reads one."""
+"""Malicious inputs, through every command that reads one."""
 
 import gzip
 import io
@@ -21,7 +21,7 @@ SURROGATE = '{"caption": "half a character: \\ud800"}'
 
 
 class _Runs:
-    """Pickled, it leaves a mark where it is loaded. It is only written here: that nobody loads it is what is tried."""
+    """It leaves a mark if it is unpickled. It is only written here; the trials check that no command loads it."""
 
     def __init__(self, mark: Path) -> None:
         self._mark = str(mark)

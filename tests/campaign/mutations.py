@@ -1,4 +1,4 @@
-"""What happens to files: a disk that was full, a power cut, a flipped bit, a hand that meant well."""
+"""Damage that happens to files: a full disk, a power cut, a flipped bit, an edit by hand."""
 
 import random
 import shutil
@@ -42,7 +42,7 @@ MUTATIONS: dict[str, Mutation] = {
 
 
 def mutate(path: Path, name: str, draw: random.Random) -> None:
-    """Do it to a file. An empty file is left as it is by what needs a byte."""
+    """Apply it to a file. A mutation that needs a byte leaves an empty file as it is."""
     data = path.read_bytes() or b"\n"
     new = MUTATIONS[name](data, draw)
     path.unlink()

@@ -1,7 +1,7 @@
 """One trial: a `vlv` command in a process of its own, and whether it held.
 
 The process is forked from one that has done the imports, so that a trial takes a moment and not ten seconds. A command
-holds if it ends well, or with one line that begins with "Error:"; not with a traceback, a signal, or never.
+holds if it succeeds, or ends with one line that begins with "Error:". A traceback, a signal or a time-out does not.
 """
 
 import os
@@ -67,14 +67,14 @@ def warm() -> None:
 
 
 def vlv(arguments: Sequence[str], project: Path, seconds: float = 120.0) -> Outcome:
-    """Run `vlv ARGUMENTS` in `project`, with somebody at standard input who types "y"."""
+    """Run `vlv ARGUMENTS` in `project`, with "y" typed at standard input."""
     from vlv.cli import main as cli
 
     return forked(lambda: cli.app(list(arguments)), project, seconds)
 
 
 def forked(action: Callable[[], object], project: Path, seconds: float) -> Outcome:
-    """Run `action` in a child process and its output into a file; the whole group is gone afterwards."""
+    """Run `action` in a child process, with its output in a file; no process of its group is left afterwards."""
     log = project / ".campaign.log"
     start = time.monotonic()
     child = os.fork()

@@ -68,7 +68,7 @@ def read(path: Path) -> Checkpoint:
     if _STATE in content:
         unknown = sorted(content.keys() - _BESIDE.keys() - {_STATE})
         if unknown:
-            raise ConversionError(f"{found} holds {unknown} beside {_STATE!r}: not a layout that is known here.")
+            raise ConversionError(f"{found} holds {unknown} beside {_STATE!r}: an unknown layout.")
         beside = {key: _BESIDE[key] for key in content if key != _STATE}
         content = content[_STATE]
     return Checkpoint(found, _without_wrapper(_only_tensors(content, found)), beside)
@@ -119,7 +119,7 @@ def _load(path: Path) -> dict[str, Any]:
 def _only_tensors(content: dict[str, Any], path: Path) -> dict[str, torch.Tensor]:
     others = [key for key, value in content.items() if not isinstance(value, torch.Tensor)]
     if others:
-        raise ConversionError(f"{path}: not tensors, and so not a state dict that is known here: {others[:8]}")
+        raise ConversionError(f"{path} holds more than tensors, so it is not a known state dict: {others[:8]}")
     return content
 
 

@@ -1,4 +1,4 @@
-"""Florence-2 in Microsoft's layout (the hub's microsoft/Florence-2-*, made for code of its own) -> transformers' class.
+"""Florence-2 in Microsoft's layout (the hub's microsoft/Florence-2-*, which need custom code) -> transformers' class.
 
 The table below maps the names of the published checkpoints to the native class's. It follows transformers' own
 conversion script (models/florence2/convert_florence2_original_pytorch_to_hf.py).
@@ -62,7 +62,7 @@ _TOKENIZER = (
     "merges.txt", "preprocessor_config.json", "generation_config.json",
 )  # fmt: skip
 _FETCH = "Fetch the hub's repository again."
-_CODE = {"auto_map", "processor_class", "custom_pipelines"}  # keys that point to code of the folder
+_CODE = {"auto_map", "processor_class", "custom_pipelines"}  # keys that point to code in the folder
 
 
 def convert(folder: Path, output: Path) -> Renamed:
@@ -100,13 +100,13 @@ def configuration(path: Path) -> Florence2Config:
     value = files.read_json_object(path, _FETCH)
     described = value.get("vision_config")
     if value.get("model_type") != "florence2" or not isinstance(described, dict) or "dim_embed" not in described:
-        raise ConversionError(f"{path} is not of a Florence-2 in Microsoft's layout.")
+        raise ConversionError(f"{path} is not the configuration of a Florence-2 in Microsoft's layout.")
     try:
         return _native(path, dict(described), value["text_config"])
     except KeyError as error:
         raise ConversionError(f"{path} lacks the key {error}. {_FETCH}") from error
     except (TypeError, AttributeError, ValueError, StrictDataclassError) as error:
-        raise ConversionError(f"{path} has a value of a wrong kind ({error}). {_FETCH}") from error
+        raise ConversionError(f"{path} has a value of the wrong type ({error}). {_FETCH}") from error
 
 
 def _native(path: Path, vision: dict[str, Any], text_config: dict[str, Any]) -> Florence2Config:
@@ -166,7 +166,7 @@ def complete(model: torch.nn.Module, tensors: dict[str, torch.Tensor], what: str
 
 
 def _copy(source: Path, target: Path) -> None:
-    """Copy a tokenizer's file; keys that name code of the folder are left out."""
+    """Copy a tokenizer's file; keys that name code in the folder are left out."""
     if not source.exists():
         return
     if source.suffix != ".json" or source.name in ("tokenizer.json", "vocab.json"):

@@ -30,7 +30,7 @@ def convert(source: Path, target: Path) -> None:
 
     Raises:
         ConversionError: `target` exists already; the package gguf is not installed; the sizes in the file's header are
-            missing or are not those of its tensors; or transformers knows no such language model.
+            missing or do not match its tensors; or transformers knows no such language model.
     """
     if target.exists():
         raise ConversionError(f"{target} exists already; give another place, or remove it.")
@@ -48,7 +48,7 @@ def convert(source: Path, target: Path) -> None:
             quantised, tokenizer = _load(Path(folder))
         except ConversionError as error:
             raise ConversionError(f"{source}: {error}") from error
-        except Exception as error:  # of a damaged file the libraries raise errors of any kind
+        except Exception as error:  # for a damaged file the libraries raise errors of any kind
             reason = str(error).strip().split("\n")[0] or type(error).__name__
             raise ConversionError(f"{source} cannot be read as a causal language model: {reason}") from error
     # The loaded model is marked as quantised and cannot be saved. So its weights go into a model whose configuration
@@ -92,14 +92,14 @@ _BLOCK = re.compile(r"blk\.(\d+)\.(.+)")
 
 @dataclass(frozen=True)
 class Tensor:
-    """One tensor: its dimensions, the fastest first, and its end in bytes from the start of the tensors."""
+    """One tensor: its dimensions, fastest-varying first, and its end in bytes from the start of the tensors."""
 
     dimensions: tuple[int, ...]
     end: int
 
     @property
     def elements(self) -> int:
-        """How many numbers it holds."""
+        """The number of its elements."""
         result = 1
         for one in self.dimensions:
             result *= one
@@ -108,14 +108,14 @@ class Tensor:
 
 @dataclass(frozen=True)
 class Header:
-    """`values`: the metadata; of an array only its length. `tensors` by name."""
+    """`values`: the metadata; for an array only its length. `tensors` by name."""
 
     values: dict[str, Any]
     tensors: dict[str, Tensor]
 
     @property
     def elements(self) -> int:
-        """How many numbers all tensors hold together."""
+        """The number of elements of all tensors."""
         return sum(tensor.elements for tensor in self.tensors.values())
 
 
@@ -123,7 +123,7 @@ def read(path: Path) -> Header:
     """Read and check the header of a causal language model.
 
     Raises:
-        ConversionError: no GGUF, cut short, a size that is missing, or sizes that are not those of the tensors.
+        ConversionError: the file is not GGUF or is cut short, or sizes are missing or do not match the tensors.
     """
     try:
         with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
@@ -137,7 +137,7 @@ def read(path: Path) -> Header:
 
 
 class _Cursor:
-    """Reads forward; whatever lies behind the end is a ValueError."""
+    """Reads forward; reading past the end raises ValueError."""
 
     def __init__(self, data: mmap.mmap) -> None:
         self._data, self._at = data, 0
@@ -150,14 +150,14 @@ class _Cursor:
         return self._take(self.number("Q")).decode()
 
     def value(self, kind: int) -> Any:
-        """A value; of an array its length, its elements being passed over."""
+        """A value; for an array its length, because its elements are skipped."""
         if kind == _STRING:
             return self.text()
         if kind != _ARRAY:
             return self.number(_format(kind))
         inner, count = self.number("I"), self.number("Q")
         if inner == _STRING:
-            for _ in range(count):  # each takes 8 bytes at least, so the file's end ends this too
+            for _ in range(count):  # each takes at least 8 bytes, so the end of the file stops this
                 self.skip(self.number("Q"))
         else:
             self.skip(struct.calcsize("<" + _format(inner)) * count)
@@ -222,7 +222,7 @@ def _tensor(cursor: _Cursor, name: str) -> Tensor:
 
 
 def _problem(header: Header) -> str | None:
-    """What is wrong with the sizes, if something is: each has to be there and to be that of the tensors."""
+    """What is wrong with the sizes, if anything: each must be given and must match the tensors."""
     values, tensors = header.values, header.tensors
     kind = values.get("general.architecture")
     if not isinstance(kind, str):

@@ -133,7 +133,7 @@ def as_used(settings: Config) -> Config:
 
 @torch.no_grad()
 def _fill(model: nn.Module, learned: set[str], found: Renamed, checkpoint: Checkpoint) -> Conversion:
-    """Copy the trained tensors into `model`, and compare the other ones with those that it has."""
+    """Copy the trained tensors into `model`, and compare the others with the model's own."""
     own = model.state_dict(keep_vars=True)
     names = {id(p): name for name, p in model.named_parameters()}  # one name for what is tied
     taken: dict[str, torch.Tensor] = {}

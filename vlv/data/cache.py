@@ -63,7 +63,7 @@ class ShardCache:
         return self.folder / f"{Path(entry.name).stem}.safetensors"
 
     def _is_current(self, entry: ShardEntry) -> bool:
-        """Whether there is a whole file for this shard; its tensors are compared when they are loaded."""
+        """Whether there is a complete file for this shard; its tensors are compared when they are loaded."""
         path = self._path(entry)
         if path.is_dir():
             files.set_aside(path, f"{path} is a folder where a file should be.", "the file is computed anew")
@@ -119,7 +119,7 @@ class ShardCache:
                     safetensors.torch.save_file(joined, temporary, metadata=marks)
 
     def _announce(self, sample: float, missing: int) -> None:
-        """Say how much disk the `missing` samples of so many bytes will take, of all processes together.
+        """Log the disk space that the `missing` samples of all processes will take, at `sample` bytes each.
 
         Raises:
             DataError: more than is free.
@@ -152,8 +152,8 @@ class ShardCache:
     def load(self, entry: ShardEntry) -> dict[str, torch.Tensor]:
         """The tensors of one shard, in file order.
 
-        They are compared with their hash when this process loads them first. What is missing or damaged is computed
-        anew, which a warning says.
+        This process compares them with their hash when it first loads them. Missing or damaged tensors are computed
+        again, with a warning.
         """
         path = self._path(entry)
         if entry.name not in self._verified:

@@ -122,7 +122,7 @@ def validate(
 
 
 def _expectations() -> Any:
-    """The expectations of Great Expectations. Its import takes some ten seconds, so it comes late."""
+    """The expectations of Great Expectations. Importing it takes some ten seconds, so this is done late."""
     telemetry.off()  # read when the library is imported
     return importlib.import_module("great_expectations.expectations")
 

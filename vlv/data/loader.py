@@ -4,8 +4,8 @@ A training that is resumed at some step therefore sees exactly the samples that 
 neither reads nor decodes the samples before that step. The order goes through one shard after the other. Each epoch
 shuffles the shards, and the samples within each shard, in a new order.
 
-With a `Grouping`, the samples of a window of steps change places among themselves, so that the samples of one step have
-similar lengths. That order is a function of the seed and the window.
+With a `Grouping`, the samples of a window of steps are reordered, so that the samples of one step have similar
+lengths. That order is a function of the seed and the window.
 """
 
 from collections import OrderedDict, deque
@@ -60,7 +60,7 @@ class Grouping:
         length: the length of a sample, computed from its caption.
         step_size: samples in one optimizer step, over all ranks and micro-batches. They stay together, however many
             ranks and micro-batches share them.
-        window: number of steps whose samples change places.
+        window: number of steps whose samples are reordered together.
     """
 
     length: Callable[[str | None], int]
@@ -165,7 +165,7 @@ class ShardLoader:
             step += 1
 
     def _grouped(self, order: _Order, grouping: Grouping) -> Callable[[int], _Position]:
-        """The order after the samples of each window have changed places; keeps one window."""
+        """The order after the samples of each window are reordered; keeps one window."""
         size = grouping.step_size * grouping.window
         held: tuple[int, list[_Position]] = (-1, [])
 

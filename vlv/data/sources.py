@@ -38,7 +38,7 @@ def materialise(wanted: config.Data, paths: config.Paths, data: Path, progress: 
 
     Raises:
         DataError: imported images that are missing, damaged, or were cut to another size.
-        AssetError: the pictures that a source draws with cannot be had.
+        AssetError: the pictures that a source draws with cannot be fetched.
     """
     settings = describe(wanted)
     if wanted.source.module is None:
@@ -77,7 +77,7 @@ def _module(wanted: config.Data) -> Any:
     """The module that the section of the source names, imported when it is needed.
 
     It has `VERSION` (an int; another version makes the data again) and `draw(wanted, paths, progress) -> Drawn`. No
-    stage runs this code, so it is no root of a stage's inputs: the stages depend on the bytes of data/.
+    stage runs this code, so it is not a root of a stage's inputs: the stages depend on the bytes of data/.
     """
     assert wanted.source.module is not None
     return importlib.import_module(wanted.source.module)

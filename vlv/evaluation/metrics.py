@@ -31,7 +31,7 @@ SHARE_OF_UPPER_BOUND = "recall_of_upper_bound"
 
 @dataclass(frozen=True)
 class Compared:
-    """The outputs of a model for N test samples, beside what is true of the samples.
+    """The outputs of a model for N test samples, beside the true values.
 
     A metric whose fields are empty is not measured.
 
@@ -138,7 +138,7 @@ def of(part: Part, *shown: str) -> list[Metric]:
 
 
 def measure(part: Part, compared: Compared) -> dict[str, float]:
-    """The figures of a part, rounded, with the number of samples `n`; what has nothing to measure is left out."""
+    """The figures of a part, rounded, with the number of samples `n`; figures without data are left out."""
     found: dict[str, float] = {"n": compared.n}
     for row in of(part):
         value = row.measure(compared)

@@ -24,7 +24,7 @@ class SentenceModel:
         try:
             self._tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
             model: Any = AutoModel.from_pretrained(folder, use_safetensors=True, trust_remote_code=False)
-        except Exception as error:  # of a damaged folder the library raises errors of any kind
+        except Exception as error:  # for a damaged folder the library raises errors of any kind
             first = str(error).strip().split("\n")[0] or type(error).__name__
             raise SentenceModelError(
                 f"evaluate.sentence_model could not be built from {folder}: {first} (Code in a folder is never run.)"

@@ -1,4 +1,4 @@
-"""Data whose truth is known, so that what a caption or a picture shows is counted right or wrong.
+"""Data whose truth is known, so that the content of a caption or a picture can be counted right or wrong.
 
 The configuration names the module that does so (`evaluate.counting`): `vlv.tiny.counting` for emoji scenes. It is
 imported by this name, and its functions are roots of the evaluation's input hash (vlv.stages.inputs).

@@ -161,7 +161,7 @@ def history(paths: Paths, name: str) -> list[HistoryEntry]:
 
 @contextmanager
 def _registry(paths: Paths) -> Iterator["MlflowClient"]:
-    """A client, held so that one process on this machine changes the champion at a time."""
+    """A client, under a lock: one process on this machine changes the champion at a time."""
     uri = tracking.prepare(paths)
     lock = store.store_folder(paths) / ".promote.lock"
     lock.parent.mkdir(parents=True, exist_ok=True)

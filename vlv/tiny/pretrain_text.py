@@ -144,7 +144,7 @@ def pretrain_text_encoder(pool: Pool, held_out: Pool, folder: Path) -> tuple[CLI
             yield short, *reading_targets(short, [pool.scenes[i] for i in chosen], stop, {background_word})
             step += 1
 
-    # Two rounds of the schedule: the second warm restart halves what the first leaves unread.
+    # Two rounds of the schedule: the second warm restart halves the errors that the first leaves.
     loop.train(objective, batches, TEXT_ENCODER, folder, "text-1", title="Text encoder")
     loop.train(objective, batches, TEXT_ENCODER_AGAIN, folder / "again", "text-2", title="Text encoder, again")
     model.eval()

@@ -19,7 +19,7 @@ def draw(wanted: config.Data, paths: config.Paths, progress: Progress | None = N
     """The splits that `wanted.source` asks for; each is drawn when its records are read.
 
     Raises:
-        AssetError: the sprites cannot be had.
+        AssetError: the sprites cannot be fetched.
     """
     source = wanted.source
     assert isinstance(source, config.ScenesSource)
@@ -40,7 +40,7 @@ def _records(
     wanted: config.Data,
     progress: Progress | None,
 ) -> Iterator[Record]:
-    """`count` scenes of different specifications; a smaller count gives the first ones of a larger."""
+    """`count` scenes of different specifications; a smaller count gives the first scenes of a larger one."""
     drawn = scenes.specifications(split, rng, unique=True)
     for number in range(count):
         scene = next(drawn)

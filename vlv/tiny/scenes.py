@@ -209,7 +209,7 @@ _BACKGROUND = re.compile(rf"\b({_longest_first(COLOURS)})\b")
 
 
 def read_caption(text: str) -> Scene:
-    """Read a caption back, whatever its form; also free text, where what cannot be read counts as wrong.
+    """Read a caption back, whatever its form; also free text, where anything unreadable counts as wrong.
 
     A sentence about an object introduces it by "a" or "an" and places it by "at the". A sentence without a
     readable object yields kind -1 (a false object), one without a readable place yields place -1.

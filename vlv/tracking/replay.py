@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 RECORD_TAG = "vlv.record"
-INTERVAL = 2.0  # seconds between replays of a run that goes on
+INTERVAL = 2.0  # seconds between replays of a live run
 _LONGEST_PAUSE = 60.0  # seconds between attempts on a dead server
 _METRICS_PER_BATCH = 1000  # MLflow's limit
 _PARAMS_PER_BATCH = 100  # MLflow's limit
@@ -34,7 +34,7 @@ _Answer = TypeVar("_Answer")
 
 
 class Unreachable(RuntimeError):
-    """MLflow cannot be told now; later it may be."""
+    """MLflow cannot be reached now; a later attempt may succeed."""
 
 
 class _RunGone(Exception):
@@ -55,7 +55,7 @@ class Replayed:
 
 
 def replay_all(paths: Paths) -> Replayed:
-    """Deliver what runs left whose process is gone. A run that did not record its end is marked KILLED.
+    """Deliver what runs left undelivered whose process is gone. A run that did not record its end is marked KILLED.
 
     Records of living runs are left alone. After the first failure the other records of the same server are not tried.
     """
@@ -66,7 +66,7 @@ def replay_all(paths: Paths) -> Replayed:
     dead: set[str] = set()
     for record in _idle(found):
         if record.begin is None:
-            # A training that goes on says anew how to make its run; nobody does that for what is in the outbox.
+            # A training that continues records again how to make its run; nothing does that for the outbox.
             if record.folder.parent == outbox:
                 path = record.folder / run_record.NAME
                 files.set_aside(path, f"{path} does not say how to make its run.", "the run is not delivered")
@@ -83,12 +83,12 @@ def replay_all(paths: Paths) -> Replayed:
 
 
 def undelivered(paths: Paths) -> list[Path]:
-    """Records that hold something undelivered and have no living writer. Contacts nobody."""
+    """Records that hold something undelivered and have no living writer. Contacts no server."""
     return [record.folder for record in _idle(_records(paths)) if record.waits()]
 
 
 def keep_undelivered(paths: Paths, folder: Path) -> None:
-    """Before a training's folder is removed: copy to the outbox what its records hold that MLflow was not told."""
+    """Copy what MLflow has not been told to the outbox, before a training's folder is removed."""
     for record in _idle(run_record.folders(folder)):
         if record.waits() or record.refused:
             record.copy_to(store.outbox(paths))
@@ -160,7 +160,7 @@ def _replay(record: RunRecord, begin: Begin) -> None:
             if one.entry["op"] != "metrics":
                 _send(client, run_id, [one.entry], record)
         if not record.told(run_id, entries):
-            return  # closed while MLflow was told
+            return  # closed while entries were being sent
 
 
 def _find_or_make(client: "MlflowClient", begin: Begin, name: str) -> str:
@@ -283,7 +283,7 @@ class Replayer(threading.Thread):
                 if closing:
                     self.complete = not self._given_up.is_set()
                     return
-            except Exception as error:  # whatever is wrong with MLflow, the run goes on
+            except Exception as error:  # whatever is wrong with MLflow, the run continues
                 if pause == self._interval:
                     log.warning("MLflow is not told; %s keeps it: %s", self._record.folder, _first_line(error))
                 pause = min(_LONGEST_PAUSE, pause * 2)

@@ -44,7 +44,7 @@ class Run:
     def wait_for_id(self, seconds: float | None = None) -> str | None:
         """The run's id, after waiting for it at most so long (by default 15 s for a server, 120 s for the sqlite file).
 
-        It is what VLV_PARENT_RUN_ID names to the runs of other processes that are to nest under this one.
+        VLV_PARENT_RUN_ID passes it to the runs of other processes that are to nest under this one.
         """
         self._replayer.made_run.wait(self._patience() if seconds is None else seconds)
         return self.run_id
@@ -82,7 +82,7 @@ class Run:
     def log_dataset(
         self, name: str, digest: str, source: str, counts: Mapping[str, int], context: str = "training"
     ) -> None:
-        """Log which data the run reads: its hash (MLflow keeps 36 characters; all of it is in the profile)."""
+        """Log which data the run reads: its hash (MLflow keeps 36 characters; the profile has all of it)."""
         dataset = {
             "name": name[:500],
             "digest": digest[:_DIGEST_LIMIT],
@@ -101,9 +101,9 @@ class Run:
         return run_record.curve(run_record.read(self._record.folder / run_record.NAME), keys)
 
     def recall(self, keys: Collection[str]) -> dict[int, dict[str, float]]:
-        """As `curve`, but as MLflow has it, for points that a damaged disk took from the record.
+        """As `curve`, but from MLflow, for points that the record lost to a damaged disk.
 
-        Nothing where MLflow does not answer: 15 s for a server, 120 s for the sqlite file.
+        Empty if MLflow does not answer within 15 s (a server) or 120 s (the sqlite file).
         """
         begin, run_id = self._record.begin, self.wait_for_id()
         found: list[dict[int, dict[str, float]]] = []
@@ -114,7 +114,7 @@ class Run:
             try:
                 found.append(replay.history(begin.uri, run_id, keys))
             except Exception as error:
-                log.warning("MLflow does not answer what the curve was: %s", error)
+                log.warning("MLflow does not return the curve: %s", error)
 
         thread = threading.Thread(target=ask, name="vlv-mlflow-history", daemon=True)
         thread.start()
@@ -156,12 +156,12 @@ def start_run(
 
     Args:
         parent_id: the run to nest under; without: VLV_PARENT_RUN_ID.
-        folder: of a training, beside whose checkpoints the record lies. A run that was begun there goes on, its
-            curves without doubles. Whoever removes the folder calls `keep_undelivered` first. Without a folder the
-            record lies in the outbox and is removed when it is delivered.
+        folder: a training's folder; the record lies beside its checkpoints. A run that was begun there continues, and
+            no point is repeated. Call `keep_undelivered` before removing the folder. Without a folder the record lies
+            in the outbox and is removed when it is delivered.
 
     Raises:
-        LockHeldError: the run to be resumed is still going on in another process.
+        LockHeldError: another process still writes the run that is to be resumed.
         TrackingError: the project's own sqlite file cannot be used.
     """
     uri = store.prepare(paths)

@@ -102,7 +102,7 @@ class RunRecord:
             raise
 
     def begin_with(self, begin: Begin) -> None:
-        """Record how to make the run. On a record that has entries: MLflow at `begin.uri` is told all of them."""
+        """Record how to make the run. If the record has entries, all of them go to MLflow at `begin.uri`."""
         self.append("begin", begin=asdict(begin))
         self._offset = 0
 
@@ -177,7 +177,7 @@ class RunRecord:
         return True
 
     def close(self) -> None:
-        """Give the lock back. A thread that still tells MLflow writes nothing here from now on."""
+        """Give the lock back. A thread that is still sending writes nothing here from now on."""
         with self._mutex:
             self._closed = True
             self._lock.release(force=True)
@@ -279,7 +279,7 @@ def _locked(folder: Path, wait: float = 0) -> filelock.BaseFileLock:
     try:
         lock.acquire()
     except filelock.Timeout as error:
-        raise files.LockHeldError(f"{folder} belongs to a run that is still going on") from error
+        raise files.LockHeldError(f"{folder} belongs to a run that is still active") from error
     return lock
 
 

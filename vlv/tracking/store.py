@@ -37,12 +37,12 @@ def store_folder(paths: Paths) -> Path:
 
 
 def outbox(paths: Paths) -> Path:
-    """Where records lie that belong to no training. Not in the cache: until delivered they are the only ones."""
+    """The folder of records that belong to no training. Not in the cache: an undelivered record is the only copy."""
     return store_folder(paths) / "outbox"
 
 
 def without_password(text: str) -> str:
-    """A text as it may be shown: in URLs, user and password become "...". For logs, errors and the screen."""
+    """The text with user and password in URLs replaced by "...", for logs, errors and the screen."""
     return re.sub(r"//[^/\s]*@", "//...@", text)
 
 
@@ -97,9 +97,9 @@ def _make_tables(uri: str) -> None:
 
 
 def _upgrade(uri: str, database: Path) -> None:
-    """Bring a sqlite file that an older MLflow wrote, or whose making was cut short, to this one's schema."""
+    """Bring a sqlite file that an older MLflow wrote, or whose creation was interrupted, to this one's schema."""
     command = [sys.executable, "-m", "mlflow", "db", "upgrade", uri]
-    # Not in the project folder, whose mlflow/ is no package.
+    # Not in the project folder, whose mlflow/ is not a package.
     result = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300, cwd=database.parent)
     if result.returncode != 0:
         reason = (result.stderr.strip().splitlines() or ["no message"])[-1]

@@ -1,4 +1,4 @@
-"""What the machine does while a run goes on: MLflow's own monitors, as curves named system/..."""
+"""The load of the machine during a run, from MLflow's own monitors, as curves named system/..."""
 
 import importlib
 import logging

@@ -1,7 +1,7 @@
 """An optional copy of a training's curves in Weights & Biases, made by accelerate's tracker. MLflow keeps the record.
 
-The copy is made in a thread of its own: a service that is slow or dead, or knows no such account, does not hold up the
-training, and whatever goes wrong there is one warning. Offline by default: the run lies in work/wandb, and no account
+The copy is made in a thread of its own: a slow or dead service, or an unknown account, does not delay the training, and
+any failure there is one warning. Offline by default: the run lies in work/wandb, and no account
 is needed before `wandb sync`.
 """
 
@@ -30,7 +30,7 @@ def wandb_copy(
 
     Args:
         settings: without `wandb_project` the function does nothing.
-        identity: of the training; a resumed one goes on with the same run.
+        identity: of the training; a resumed one continues the same run.
 
     Raises:
         ConfigError: a project is configured, but wandb is not installed.
@@ -63,7 +63,7 @@ def wandb_copy(
 def _send(points: _Points, project: str, options: Mapping[str, Any], parameters: Mapping[str, Any]) -> None:
     from accelerate.tracking import WandBTracker
 
-    # The tracker needs accelerate's state, which the training makes: so not before the first point.
+    # The tracker needs accelerate's state, which the training makes, so this waits for the first point.
     point = points.get()
     if point is None:
         return
@@ -77,4 +77,4 @@ def _send(points: _Points, project: str, options: Mapping[str, Any], parameters:
             point = points.get()
         tracker.finish()
     except Exception as error:  # the copy must not spoil the training
-        log.warning("The copy for Weights & Biases stopped; the training goes on without it: %r", error)
+        log.warning("The copy for Weights & Biases stopped; the training continues without it: %r", error)

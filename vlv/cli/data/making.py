@@ -132,7 +132,7 @@ def _by_reason(texts: list[str]) -> dict[str, int]:
         match = re.fullmatch(r"(\d+(?:\.\d+)?)([KMB]?)", text, re.IGNORECASE)
         count = round(float(match[1]) * _UNITS[match[2].upper()]) if match else 0
         if not count:
-            raise typer.BadParameter(f"{text!r} is no count such as 600000, 600K or 40M")
+            raise typer.BadParameter(f"{text!r} is not a count such as 600000, 600K or 40M")
         counts[text.upper()] = count
     return counts
 

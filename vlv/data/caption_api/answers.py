@@ -69,7 +69,7 @@ class Journal:
             if isinstance(row, files.FileError):
                 raise DataError(str(row)) from row
             if "asked" not in row and not _is_answer(row):
-                raise DataError(f"{self._path}, the line that ends at byte {end}, is no answer. Remove that line.")
+                raise DataError(f"{self._path}, the line that ends at byte {end}, is not an answer. Remove that line.")
             yield row
 
     def append(self, value: dict[str, Any]) -> None:

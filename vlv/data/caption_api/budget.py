@@ -3,7 +3,7 @@
 import threading
 from dataclasses import dataclass
 
-# The tokens of a prompt until the first answer tells them. With a cap, the first request is sent alone.
+# The assumed tokens of a prompt until the first answer reports them. With a cap, the first request is sent alone.
 _GUESSED_PROMPT_TOKENS = 4000
 # The next prompt has at most this many times the tokens of the largest prompt so far.
 _MARGIN = 2.0

@@ -107,7 +107,7 @@ _FATAL = {
     403: "the key may not use this model",
     404: "there is no such address or model: check --base-url (it usually ends in /v1) and --model",
 }
-_MAX_ANSWER = 4 << 20  # bytes; a longer answer is no caption
+_MAX_ANSWER = 4 << 20  # bytes; a longer answer is not a caption
 
 
 class EndpointError(RuntimeError):

@@ -294,7 +294,7 @@ class CaptionTable:
         except (pa.ArrowException, OSError, ValueError, TypeError, KeyError) as error:
             reason = str(error).splitlines()[0]
             raise DataError(
-                f"{path} is no table of captions with columns sha256 and caption ({reason}). "
+                f"{path} is not a table of captions with columns sha256 and caption ({reason}). "
                 "`vlv data caption` writes one: captions.parquet"
             ) from error
 

@@ -139,7 +139,7 @@ class Shares:
         return "test" if position >= 1 - self.test else "train"
 
     def wanted(self) -> set[Split]:
-        """The splits that shall have images."""
+        """The splits that should have images."""
         shares: dict[Split, float] = {"train": 1.0, "validation": self.validation, "test": self.test}
         return {split for split, share in shares.items() if share}
 

@@ -115,7 +115,7 @@ def _tables(paths: Sequence[Path]) -> list[Path]:
     for path in paths:
         inside = sorted(path.rglob("*.parquet")) if path.is_dir() else [path]
         if not inside or not path.exists():
-            raise DataError(f"{path} is no parquet file and no folder with one")
+            raise DataError(f"{path} is neither a parquet file nor a folder with one")
         found += inside
     return list(dict.fromkeys(found))
 

@@ -68,7 +68,7 @@ def answer(conversation: list[Any]) -> str:
     """
     answers = [turn.get("value") for turn in conversation if isinstance(turn, dict) and turn.get("from") == "gpt"]
     if len(answers) != 1 or not isinstance(answers[0], str):
-        raise ValueError(f"a conversation of {len(answers)} answers instead of one is no caption")
+        raise ValueError(f"a conversation of {len(answers)} answers instead of one is not a caption")
     return answers[0]
 
 

@@ -76,7 +76,7 @@ def entries(annotations: Path, prefix: str = "") -> Iterator[Entry]:
     The file is read as a whole (COCO's largest has 118,000 images and 90 MB). Images are not read here.
 
     Raises:
-        DataError: it is no captions file.
+        DataError: it is not a captions file.
     """
     try:
         value = files.read_json(annotations, "Correct it.")

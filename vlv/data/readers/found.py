@@ -1,4 +1,4 @@
-"""What every reader yields: the place of a sample and a way to load it. And what the readers share."""
+"""What every reader yields (the place of a sample and a way to load it), and what the readers share."""
 
 import hashlib
 import os
@@ -142,6 +142,6 @@ def database(folder: Path, name: str, table: str) -> sqlite3.Connection:
     path = folder / f"{name}.sqlite"
     path.unlink(missing_ok=True)
     made = sqlite3.connect(path)
-    made.execute("PRAGMA synchronous=OFF")  # it does not have to outlive the process
+    made.execute("PRAGMA synchronous=OFF")  # it need not outlive the process
     made.execute(f"CREATE TABLE {table}")
     return made

@@ -81,7 +81,7 @@ def entries(table: Path, image: str | None, caption: str | None, prefix: str = "
         prefix: is put before the name of each image.
 
     Raises:
-        DataError: the file is no table, or the columns cannot be guessed; the message lists them.
+        DataError: the file is not a table, or the columns cannot be guessed; the message lists them.
     """
     columns: _Columns | None = None
     try:
@@ -182,7 +182,7 @@ def _of_separated(table: Path) -> Iterator[tuple[str, Mapping[str, Any] | str]]:
     csv.field_size_limit(_CELL)
     with table.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as stream:
         header = stream.readline()
-        # What separates cells is what the first line has most of.
+        # The separator is the candidate that the first line has most of.
         separator = "\t" if table.suffix.lower() == ".tsv" else max(",;\t|", key=header.count)
         lines = csv.reader(chain([header], stream), delimiter=separator)
         names = [name.strip() for name in next(lines, [])]
