@@ -267,7 +267,7 @@ class Decoder(nn.Module, ABC, Generic[C]):
         return self.decode(latents)
 
     def sampler(self) -> Any:
-        """A new sampler of the pretrained schedule. The default is DPM-Solver++."""
+        """A new sampler of the pretrained schedule, one that needs no `scale_model_input`; DPM-Solver++ by default."""
         return DPMSolverMultistepScheduler.from_config(
             self.scheduler.config, timestep_spacing="trailing", trust_remote_code=False
         )
