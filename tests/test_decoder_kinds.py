@@ -114,7 +114,7 @@ def test_its_code_is_an_input_of_the_stages_but_is_not_run_to_find_it(paths: Pat
 def test_a_kind_that_does_not_exist_is_refused_by_the_configuration() -> None:
     text = files.read_text(ROOT / "configs" / "tiny.yaml")
     for wrong in ("sdxxl", "my package.decoder", "base", "my_package."):
-        with pytest.raises(ConfigError, match=r"decoder\.kind: .* there are: stable_diffusion, sdxl, sd3, or"):
+        with pytest.raises(ConfigError, match=rf"decoder\.kind: .* there are: {', '.join(DECODERS)}, or"):
             config.parse(text.replace("kind: stable_diffusion", f"kind: {wrong}"), "params.yaml")
 
 

@@ -2,6 +2,9 @@
 
 A row names the parts that the choice trains. The sections `stage1` and `stage2` check `learn` against the tables and
 answer questions about it by properties (`trains_encoder` and so on), so that no other code compares names of choices.
+
+A new part is a name here and its modules in `set_trainable`, of vlv/models/encoder.py (Stage 1) or of
+vlv/models/captioner.py (Stage 2). A name that `set_trainable` of the captioner does not know trains nothing.
 """
 
 from collections.abc import Mapping

@@ -54,6 +54,8 @@ class Compared:
 
 # What a function measures: terms of each sample, so that the difference to a baseline has an interval; one number
 # for the whole set; or None where it has nothing to measure.
+# The interval (vlv/evaluation/intervals.py) takes higher for better, whatever the row's `better` says. Where lower is
+# better, measure one number: a row with terms would be listed as not better than the shuffled baseline.
 Measure = Callable[[Compared], Terms | float | None]
 
 

@@ -267,7 +267,7 @@ class Decoder(nn.Module, ABC, Generic[C]):
         return self.decode(latents)
 
     def sampler(self) -> Any:
-        """A new sampler with the pretrained schedule. The default is DPM-Solver++."""
+        """A new sampler with the pretrained schedule, DPM-Solver++ by default. `scale_model_input` is never called."""
         return DPMSolverMultistepScheduler.from_config(
             self.scheduler.config, timestep_spacing="trailing", trust_remote_code=False
         )
