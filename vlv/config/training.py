@@ -161,9 +161,5 @@ class Stage2(Training):
         return trainable.ENCODER in self.trained_parts
 
     @property
-    def trains_language_model(self) -> bool:
-        return trainable.LANGUAGE_MODEL in self.trained_parts
-
-    @property
     def trains_adapters(self) -> bool:
         return trainable.ADAPTERS in self.trained_parts
